@@ -1,0 +1,97 @@
+"""The text side of a model: tokenizer, chat template and grammars. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+from attrs import define, evolve, field
+
+from agentrt.errors import RequestInvalid
+from agentrt.token_log import guard
+from agentrt.tool_prompt import render_tool_section
+from agentrt.types import Message
+
+if TYPE_CHECKING:
+    from agentrt.grammar import Constraint, GrammarCompiler
+    from agentrt.template import ChatTemplate
+    from agentrt.tokenizer import IncrementalDecoder, Tokenizer
+    from agentrt.tools import ToolSet
+
+# Templates of the Hermes family render tools and read calls in the format that we constrain to.
+HERMES_MARK = "<tool_call>"
+
+
+class NoText:
+    """The decoder of a model without a tokenizer: token ids only."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@define
+class Chat:
+    """Owns the grammar compiler, which is built at the first grammar."""
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    _compiler: GrammarCompiler | None = field(default=None, init=False)
+    _building: anyio.Lock = field(factory=anyio.Lock, init=False)
+
+    def decoder(self) -> IncrementalDecoder | NoText:
+        return NoText() if self.tokenizer is None else self.tokenizer.stream()
+
+    async def constraint(self, grammar: str | None) -> Constraint | None:
+        """Compile a grammar in a worker thread. Raises GrammarInvalid."""
+        if grammar is None:
+            return None
+        async with self._building:
+            if self._compiler is None:
+                self._compiler = await anyio.to_thread.run_sync(self._build_compiler)
+        return await anyio.to_thread.run_sync(self._compiler.compile, grammar)
+
+    def _build_compiler(self) -> GrammarCompiler:
+        from agentrt.grammar import GrammarCompiler
+
+        if self.tokenizer is None or self.tokenizer.backend is None:
+            raise RequestInvalid("grammars need a model with a tokenizers-library tokenizer")
+        return GrammarCompiler(self.tokenizer.backend, self.vocab_size, self.eos_token_ids)
+
+    def render(self, messages: Sequence[Message], tools: ToolSet) -> str:
+        """A conversation as text, ready for the model's answer. Special tokens' text inside
+        messages is guarded (see token_log). Raises TemplateError or RequestInvalid."""
+        if self.template is None or self.tokenizer is None:
+            raise RequestInvalid("this model has no chat template: use generate with token ids")
+        native = HERMES_MARK in self.template.source
+        if tools and not native:
+            messages = _with_tool_section(messages, render_tool_section(tools))
+        special = self.tokenizer.special_tokens
+        guarded = [evolve(message, content=guard(message.content, special)) for message in messages]
+        schemas = tools.schemas() if tools and native else None
+        return self.template.render(guarded, schemas, add_generation_prompt=True)
+
+    def shown(self, text: str, stop_token_id: int | None) -> str:
+        """Generated text as a template will show it in the next turn."""
+        assert self.tokenizer is not None
+        ending = ""
+        if stop_token_id is not None:
+            ending = next(
+                (t for t, token in self.tokenizer.special_tokens.items() if token == stop_token_id),
+                "",
+            )
+        return guard(text, self.tokenizer.special_tokens) + ending
+
+
+def _with_tool_section(messages: Sequence[Message], section: str) -> list[Message]:
+    """Put the tools into the system message, or make one of them."""
+    if messages and messages[0].role == "system":
+        system = evolve(messages[0], content=f"{messages[0].content}\n\n{section}")
+        return [system, *messages[1:]]
+    return [Message(role="system", content=section), *messages]

@@ -1,0 +1,269 @@
+"""Engine: opens and closes everything, and hands requests to the step thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio.to_thread
+import numpy as np
+from attrs import evolve
+
+from agentrt.config import EngineConfig, ResolvedConfig
+from agentrt.errors import EngineClosed, Overloaded, PromptTooLong, RequestInvalid
+from agentrt.metrics import Stats
+from agentrt.output import OutputText
+from agentrt.request import Request
+from agentrt.session import Session
+from agentrt.stream import TokenStream
+from agentrt.types import Completion, GenerateOptions, StreamEvent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agentrt.engine_parts import EngineParts
+    from agentrt.grammar import Constraint
+    from agentrt.loop import Loop
+    from agentrt.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """A model, its KV cache and its step thread, inside this process.
+
+    Use it as an async context manager. Leaving it cancels what still runs and gives all memory
+    back. Methods may be called from any task of the event loop that opened it.
+
+    `model` is a folder in Hugging Face layout, a .gguf file, a registered name or org/name on a
+    hub. `progress(stage, done, total)` is called from a worker thread while loading.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "smollm2-135m",
+        config: EngineConfig | None = None,
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.model = os.fspath(model)
+        self.config = config or EngineConfig()
+        self._progress = progress
+        self._parts: EngineParts | None = None
+        self._numbers = itertools.count()
+
+    def __repr__(self) -> str:
+        if self._parts is None:
+            return f"<Engine {self.model!r} closed>"
+        stats = self.stats()
+        return f"<Engine {self.model!r} running={stats.running} waiting={stats.waiting}>"
+
+    async def __aenter__(self) -> Self:
+        from agentrt.engine_parts import open_parts  # loads torch: not at import of agentrt
+
+        if self._parts is not None:
+            raise RequestInvalid("this engine is open already")
+        event_loop = asyncio.get_running_loop()
+        abandoned = threading.Event()
+        try:
+            parts = await anyio.to_thread.run_sync(
+                lambda: open_parts(self.model, self.config, self._progress, event_loop, abandoned),
+                abandon_on_cancel=True,
+            )
+        except BaseException:
+            abandoned.set()  # a load that goes on in its thread frees what it made
+            raise
+        self._parts = parts
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what runs, end the step thread, free all memory. May be called twice."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        parts.loop.close()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(parts.loop.join)
+
+    # ---- generation
+
+    async def generate(self, prompt: Prompt, options: GenerateOptions | None = None) -> Completion:
+        """Generate to the end. Text prompts are encoded as text: no template, no special tokens.
+
+        With `options.n > 1` the further samples are in `completion.others`; where a seed is set,
+        sample i uses `seed + i`.
+
+        Raises RequestInvalid, PromptTooLong, Overloaded, EngineClosed or EngineFailed.
+        """
+        options = options or GenerateOptions()
+        streams = [await self._submit(prompt, one) for one in _samples(options)]
+        try:
+            first, *others = [await stream.collect() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+        if not others:
+            return first
+        return evolve(first, others=tuple(others))
+
+    async def stream(
+        self, prompt: Prompt, options: GenerateOptions | None = None
+    ) -> AsyncGenerator[StreamEvent]:
+        """TextDelta events as tokens come, then Finished. Leaving the iterator cancels.
+
+        Raises as `generate` does; `options.n` must be 1.
+        """
+        options = options or GenerateOptions()
+        if options.n != 1:
+            raise RequestInvalid("n must be 1 for stream: call it once a sample")
+        stream = await self._submit(prompt, options)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            stream.close()
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        tools: Sequence[Any] = (),
+        options: GenerateOptions | None = None,
+        max_steps: int = 16,
+    ) -> Session:
+        """A conversation with tools; use it as an async context manager (see Session)."""
+        return Session(
+            self, self._open.chat, system=system, tools=tools, options=options, max_steps=max_steps
+        )
+
+    async def forget(self, token_ids: Sequence[int], *, keep_tokens: int = 0) -> int:
+        """Drop this prefix's KV beyond `keep_tokens` from the cache, where nobody else uses it.
+        Returns the tokens dropped."""
+        ids = np.asarray(token_ids, dtype=np.int32)
+        cache, namespace = self._open.loop.scheduler.cache, self.config.namespace
+        call = self._open.loop.call(
+            lambda: cache.forget(ids, keep_tokens=keep_tokens, namespace=namespace)
+        )
+        return await asyncio.wrap_future(call)
+
+    # ---- state
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RequestInvalid where the model has none."""
+        tokenizer = self._open.chat.tokenizer
+        if tokenizer is None:
+            raise RequestInvalid("this model has no tokenizer: pass token ids")
+        return tokenizer
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """The numbers that this engine runs with."""
+        return self._open.loop.scheduler.config
+
+    def stats(self) -> Stats:
+        """A snapshot of the counters. Never waits."""
+        return self._open.stats()
+
+    async def check(self) -> None:
+        """Verify every invariant of scheduler and cache, between two steps. Raises CacheCorrupt."""
+        await asyncio.wrap_future(self._open.loop.call(self._open.loop.scheduler.check))
+
+    @property
+    def _open(self) -> EngineParts:
+        if self._parts is None:
+            raise EngineClosed("the engine is not open: use `async with Engine(...) as engine`")
+        return self._parts
+
+    # ---- submission
+
+    async def _submit(self, prompt: Prompt, options: GenerateOptions) -> TokenStream:
+        parts = self._open
+        ids = self._prompt_ids(prompt)
+        total_tokens = self._admissible_tokens(len(ids), options)
+        constraint = await parts.chat.constraint(options.grammar)
+        if self._parts is None:
+            raise EngineClosed("the engine was closed while the request was prepared")
+        return self._enqueue(parts.loop, ids, total_tokens, options, constraint)
+
+    def _enqueue(
+        self,
+        loop: Loop,
+        ids: NDArray[np.int32],
+        total_tokens: int,
+        options: GenerateOptions,
+        constraint: Constraint | None,
+    ) -> TokenStream:
+        chat = self._open.chat
+        request_id = f"r{next(self._numbers)}"
+        stream = TokenStream(lambda: loop.cancel(request_id))
+        tokens = np.zeros(total_tokens, dtype=np.int32)
+        tokens[: len(ids)] = ids
+        request = Request(
+            id=request_id,
+            options=options,
+            namespace=self.config.namespace,
+            sink=stream.deliver,
+            text=OutputText(chat.decoder(), options.stop),
+            tokens=tokens,
+            num_prompt_tokens=len(ids),
+            eos_token_ids=chat.eos_token_ids,
+            constraint=constraint,
+            submitted_s=time.monotonic(),
+        )
+        loop.submit(request)
+        return stream
+
+    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
+        if isinstance(prompt, bytes | bytearray):
+            raise RequestInvalid("prompt must be str or token ids, got bytes: decode it as UTF-8")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(ids) == 0:
+            raise RequestInvalid("the prompt is empty: give at least one token")
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise RequestInvalid(f"token ids must be a flat sequence of int, got {array.dtype}")
+        vocab_size = self._open.spec.vocab_size
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestInvalid(f"token id {wrong} is outside the vocabulary [0, {vocab_size})")
+        return array.astype(np.int32)
+
+    def _admissible_tokens(self, num_prompt_tokens: int, options: GenerateOptions) -> int:
+        """Prompt plus output, within the context; raises where it can never be served."""
+        resolved, loop = self.resolved, self._open.loop
+        context = resolved.max_context_tokens
+        if num_prompt_tokens >= context:
+            raise PromptTooLong(
+                f"the prompt has {num_prompt_tokens} tokens, the context holds {context} with at "
+                "least one of output: shorten it, or raise max_context_tokens if the model allows"
+            )
+        total_tokens = min(num_prompt_tokens + options.max_tokens, context)
+        most = resolved.pool_tokens - resolved.block_tokens  # a copied partial block needs a spare
+        if total_tokens > most:
+            need = (total_tokens + resolved.block_tokens) * resolved.kv_token_bytes
+            raise PromptTooLong(
+                f"prompt and output take {total_tokens} tokens, the KV pool serves {most}: lower "
+                f"max_tokens, or raise device_kv_bytes to {need}"
+            )
+        if loop.num_queued >= resolved.max_waiting + resolved.max_batch:
+            raise Overloaded(
+                f"{loop.num_queued} requests are queued: wait, or raise max_waiting "
+                f"({resolved.max_waiting})"
+            )
+        return total_tokens
+
+
+def _samples(options: GenerateOptions) -> list[GenerateOptions]:
+    """One set of options a sample."""
+    seeds = [None if options.seed is None else options.seed + i for i in range(options.n)]
+    return [evolve(options, n=1, seed=seed) for seed in seeds]

@@ -1,0 +1,126 @@
+"""What an open engine is made of, and how it is put together. Loads torch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from attrs import frozen
+
+from agentrt.cache import PrefixCache
+from agentrt.chat import Chat
+from agentrt.config import EngineConfig, ResolvedConfig
+from agentrt.errors import EngineClosed, ModelNotFound
+from agentrt.loop import Loop, poster
+from agentrt.metrics import Stats
+from agentrt.models.base import ModelSpec
+from agentrt.models.load import LoadedModel, load_model
+from agentrt.registry import locate
+from agentrt.runner import ModelRunner
+from agentrt.scheduler import Scheduler
+from agentrt.template import load_template
+from agentrt.tokenizer import load_tokenizer
+
+EngineProgress = Callable[[str, int, int], None]
+
+
+@frozen(kw_only=True)
+class EngineParts:
+    """Everything between `__aenter__` and `aclose`."""
+
+    loop: Loop
+    chat: Chat
+    spec: ModelSpec
+    model_name: str
+    kernels: str
+    weights: str
+
+    def stats(self) -> Stats:
+        scheduler, counters = self.loop.scheduler, self.loop.counters
+        config, cache = scheduler.config, scheduler.cache.stats()
+        block_bytes = config.block_tokens * config.kv_token_bytes
+        return Stats(
+            model=self.model_name,
+            kernels=self.kernels,
+            weights=self.weights,
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            finished=counters.finished,
+            cancelled=counters.cancelled,
+            preempted=counters.preempted,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            computed_tokens=counters.computed_tokens,
+            output_tokens=counters.output_tokens,
+            evicted_tokens=cache.evicted_tokens,
+            kv_blocks=config.num_blocks,
+            kv_free_blocks=cache.free_blocks,
+            kv_bytes=config.num_blocks * block_bytes,
+            kv_used_bytes=(config.num_blocks - cache.free_blocks) * block_bytes,
+            step_s=counters.step_s,
+            forward_s=counters.forward_s,
+            last_batch_rows=counters.last_batch_rows,
+        )
+
+
+def open_parts(
+    model: str,
+    config: EngineConfig,
+    progress: EngineProgress | None,
+    event_loop: asyncio.AbstractEventLoop,
+    abandoned: threading.Event,
+) -> EngineParts:
+    """Find, load and start. Blocks for seconds: call it in a thread."""
+
+    def report(stage: str) -> Callable[[int, int], None]:
+        def count(done: int, total: int) -> None:
+            if abandoned.is_set():
+                raise EngineClosed("opening the engine was cancelled")
+            if progress is not None:
+                progress(stage, done, total)
+
+        return count
+
+    path = Path(model)
+    if not config.random_weights:
+        path = locate(model, config.cache_dir, report("fetching"))
+    loaded = load_model(path, config, report("loading"))
+    resolved = _resolve(config, loaded)
+    runner = ModelRunner(loaded.model, loaded.compute, resolved)
+    cache = PrefixCache(resolved.num_blocks, resolved.block_tokens)
+    loop = Loop(Scheduler(resolved, cache), runner, poster(event_loop))
+    chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
+    report("starting")(1, 1)
+    loop.start()
+    return EngineParts(
+        loop=loop,
+        chat=chat,
+        spec=loaded.model.spec,
+        model_name=path.name,
+        kernels=loaded.compute.ops.name,
+        weights=loaded.compute.weights,
+    )
+
+
+def _resolve(config: EngineConfig, loaded: LoadedModel) -> ResolvedConfig:
+    spec, compute = loaded.model.spec, loaded.compute
+    return config.resolve(
+        device=compute.device.type,
+        kv_token_bytes=spec.kv_values_per_token * compute.dtype.itemsize,
+        model_context_tokens=spec.max_context_tokens,
+    )
+
+
+def _chat(path: Path, spec: ModelSpec, *, without_files: bool) -> Chat:
+    """The text side; a folder that holds no tokenizer serves token ids alone."""
+    if without_files:
+        return Chat(None, None, spec.vocab_size, spec.eos_token_ids)
+    try:
+        tokenizer = load_tokenizer(path)
+    except ModelNotFound:
+        return Chat(None, None, spec.vocab_size, spec.eos_token_ids)
+    eos = tokenizer.eos_token_ids | spec.eos_token_ids
+    return Chat(tokenizer, load_template(path), spec.vocab_size, eos)

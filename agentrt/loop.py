@@ -1,0 +1,252 @@
+"""The step thread: commands in, events out. The only file where threads meet asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from attrs import define, field
+
+from agentrt.errors import AgentrtError, EngineClosed, EngineFailed
+from agentrt.metrics import Counters
+from agentrt.request import Request, State
+from agentrt.runner import Runner
+from agentrt.sampler import sample
+from agentrt.scheduler import Plan, Scheduler, Work
+from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
+
+T = TypeVar("T")
+Sink = Callable[[Any], None]
+
+
+@define(eq=False)
+class Loop:
+    """Runs steps on a thread of its own while there is work.
+
+    `_lock` guards `_inbox`, `_closed` and `_failure`: all that callers' threads touch. Everything
+    else (requests, scheduler, cache, runner, counters) belongs to the step thread; callers reach
+    it through `call`. Events go to `post`, once a step.
+    """
+
+    scheduler: Scheduler
+    runner: Runner
+    post: Callable[[list[tuple[Sink, Any]]], None]  # thread-safe; delivers on the event loop
+    clock: Callable[[], float] = time.monotonic
+    counters: Counters = field(factory=Counters)
+    _inbox: deque[Callable[[], None]] = field(factory=deque, init=False)
+    _lock: threading.Condition = field(factory=threading.Condition, init=False)
+    _closed: bool = field(default=False, init=False)
+    _failure: BaseException | None = field(default=None, init=False)
+    _live: dict[str, Request] = field(factory=dict, init=False)
+    _events: list[tuple[Sink, Any]] = field(factory=list, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._main, name="agentrt-step", daemon=True)
+        self._thread.start()
+
+    # ---- called from any thread
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises EngineClosed or EngineFailed."""
+        self._command(lambda: self._accept(request))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step. One that has ended already is left alone."""
+        try:
+            self._command(lambda: self._cancel(request_id))
+        except AgentrtError:
+            return  # closed or failed: every request has been ended
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the step thread, between steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as exc:
+                future.set_exception(exc)
+
+        self._command(run)
+        return future
+
+    def close(self) -> None:
+        """Ask the thread to end; requests still alive get EngineClosed. Never waits."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+
+    def join(self) -> None:
+        """Wait for the thread."""
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that are alive or on their way in."""
+        return len(self._live) + len(self._inbox)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._failure is not None:
+                raise EngineFailed("the engine's step thread failed") from self._failure
+            if self._closed:
+                raise EngineClosed("the engine is closed: open a new one")
+            self._inbox.append(command)
+            self._lock.notify()
+
+    # ---- the step thread
+
+    def _main(self) -> None:
+        cause: BaseException | None = None
+        try:
+            while self._wait_for_work():
+                self._step()
+        except BaseException as exc:
+            cause = exc
+        self._end(cause)
+
+    def _wait_for_work(self) -> bool:
+        """Run the commands that came. False when the engine closes."""
+        with self._lock:
+            while not self._inbox and not self._live and not self._closed:
+                self._lock.wait()
+            commands, self._inbox = self._inbox, deque()
+            closed = self._closed
+        for command in commands:
+            command()
+        self._flush()
+        return not closed
+
+    def _end(self, cause: BaseException | None) -> None:
+        """Fail whoever still waits: nobody is left hanging."""
+        with self._lock:
+            self._closed = True
+            self._failure = cause
+            commands, self._inbox = self._inbox, deque()
+        for command in commands:
+            command()
+        for request in list(self._live.values()):
+            error: AgentrtError = EngineClosed("the engine was closed while the request ran")
+            if cause is not None:
+                error = EngineFailed(f"the engine's step thread failed: {cause!r}")
+                error.__cause__ = cause
+            self._events.append((request.sink, error))
+        self._live.clear()
+        self._flush()
+        self.runner.close()
+
+    def _accept(self, request: Request) -> None:
+        self._live[request.id] = request
+        self.scheduler.submit(request)
+
+    def _cancel(self, request_id: str) -> None:
+        request = self._live.get(request_id)
+        if request is not None:
+            self.counters.cancelled += 1
+            self._finish(request, "cancelled", self.clock())
+
+    def _step(self) -> None:
+        begin = self.clock()
+        plan = self.scheduler.plan(begin)
+        if not plan.work:
+            return
+        self._count(plan)
+        forward = self.clock()
+        batch, logits = self.runner.run(plan)
+        sampled = (
+            sample(logits, [work.request for work in batch.sampling]) if batch.sampling else []
+        )
+        now = self.clock()
+        self.counters.forward_s += now - forward
+        for work in plan.work:
+            self.scheduler.computed(work, now)
+        for work, (token_id, logprob) in zip(batch.sampling, sampled, strict=True):
+            self._take(work.request, token_id, logprob, now)
+        self._flush()
+        self.counters.step_s += self.clock() - begin
+
+    def _count(self, plan: Plan) -> None:
+        counters = self.counters
+        counters.steps += 1
+        counters.last_batch_rows = plan.num_rows
+        counters.preempted = self.scheduler.num_preempted
+        for work in plan.work:
+            self._count_work(work)
+
+    def _count_work(self, work: Work) -> None:
+        request, counters = work.request, self.counters
+        if request.state is State.PREFILL:
+            counters.computed_tokens += work.num_tokens
+            if work.start == request.cached_tokens and request.num_output_tokens == 0:
+                counters.prompt_tokens += request.num_prompt_tokens
+                counters.cached_tokens += request.cached_tokens
+
+    def _take(
+        self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float
+    ) -> None:
+        """A token came: note it, tell the caller, and end the request if this was the last."""
+        if request.first_token_s is None:
+            request.first_token_s = now
+        request.append(token_id)
+        if logprob is not None:
+            request.logprobs.append(logprob)
+        if request.constraint is not None:
+            request.constraint.accept(token_id)
+        reason = request.limit_reached(token_id)
+        is_control = reason == "stop" and (
+            token_id in request.eos_token_ids or token_id in request.options.stop_token_ids
+        )
+        text = "" if is_control else request.text.push(token_id)
+        if request.text.stopped:
+            reason = "stop"
+        self._events.append((request.sink, TextDelta(text, (token_id,))))
+        if reason is not None:
+            self._finish(request, reason, now)
+
+    def _finish(self, request: Request, reason: FinishReason, now: float) -> None:
+        rest = request.text.finish()
+        if rest:
+            self._events.append((request.sink, TextDelta(rest, ())))
+        self.scheduler.finish(request, now)
+        del self._live[request.id]
+        self.counters.finished += 1
+        self.counters.output_tokens += request.num_output_tokens
+        completion = Completion(
+            request_id=request.id,
+            token_ids=tuple(request.output.tolist()),
+            text=request.text.text,
+            finish_reason=reason,
+            usage=request.usage(now),
+            logprobs=None if request.options.top_logprobs is None else tuple(request.logprobs),
+        )
+        self._events.append((request.sink, Finished(completion)))
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self.post(events)
+
+
+def poster(event_loop: asyncio.AbstractEventLoop) -> Callable[[list[tuple[Sink, Any]]], None]:
+    """A `post` that wakes `event_loop` once for a whole step's events."""
+
+    def deliver(events: list[tuple[Sink, Any]]) -> None:
+        for sink, event in events:
+            sink(event)
+
+    def post(events: list[tuple[Sink, Any]]) -> None:
+        try:
+            event_loop.call_soon_threadsafe(deliver, events)
+        except RuntimeError:  # the event loop was closed under us: nobody is left to tell
+            return
+
+    return post

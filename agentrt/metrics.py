@@ -1,0 +1,54 @@
+"""Counters of one engine, and the frozen snapshot that `Engine.stats()` returns."""
+
+from __future__ import annotations
+
+from attrs import define, frozen
+
+
+@frozen(kw_only=True)
+class Stats:
+    """A snapshot. Counts are since the engine opened; seconds are of the engine's clock."""
+
+    model: str
+    kernels: str
+    weights: str
+    waiting: int
+    running: int
+    finished: int
+    cancelled: int
+    preempted: int
+    steps: int
+    prompt_tokens: int  # of requests that were admitted
+    cached_tokens: int  # prompt tokens that the cache gave
+    computed_tokens: int  # prompt tokens that were computed
+    output_tokens: int
+    evicted_tokens: int
+    kv_blocks: int
+    kv_free_blocks: int
+    kv_bytes: int
+    kv_used_bytes: int
+    step_s: float  # in steps, all together
+    forward_s: float  # of that, in the model and the sampler
+    last_batch_rows: int
+
+    @property
+    def overhead(self) -> float:
+        """The share of step time that was not the model: scheduling, cache, text, events."""
+        return 1 - self.forward_s / self.step_s if self.step_s else 0.0
+
+
+@define
+class Counters:
+    """Owned by the step thread; only it writes."""
+
+    finished: int = 0
+    cancelled: int = 0
+    preempted: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    step_s: float = 0.0
+    forward_s: float = 0.0
+    last_batch_rows: int = 0

@@ -1,0 +1,1 @@
+"""Model architectures, by the name that their config gives."""

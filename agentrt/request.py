@@ -1,0 +1,112 @@
+"""One generation: its tokens, where it stands, and what it owes its caller."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from attrs import define, field
+
+from agentrt.types import FinishReason, GenerateOptions, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agentrt.cache import Lease
+    from agentrt.grammar import Constraint
+    from agentrt.output import OutputText
+
+TokenArray = "NDArray[np.int32]"
+
+
+class State(enum.Enum):
+    """WAITING -> PREFILL -> DECODE -> FINISHED; a preempted request goes back to WAITING."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@define(eq=False, kw_only=True)
+class Request:
+    """Owned by the step thread from submission to its last event.
+
+    Invariant: `tokens[:num_tokens]` is prompt + output; the KV of `tokens[:num_computed]` is in
+    the lease's blocks. While decoding, num_computed == num_tokens - 1. A lease is held in PREFILL
+    and DECODE only.
+    """
+
+    id: str
+    options: GenerateOptions
+    namespace: str
+    sink: Callable[[Any], None]  # takes this request's events, on the step thread
+    text: OutputText
+    tokens: NDArray[np.int32]  # [prompt + max_tokens]
+    num_prompt_tokens: int
+    eos_token_ids: frozenset[int]
+    constraint: Constraint | None = None
+    submitted_s: float
+
+    state: State = State.WAITING
+    num_tokens: int = field()
+    num_computed: int = 0
+    lease: Lease | None = None
+    cached_tokens: int = 0  # at the first admission
+    admitted: bool = False
+    first_token_s: float | None = None
+    logprobs: list[TokenLogprob] = field(factory=list)
+    rng: Any = None  # the sampler's generator, made at the first draw
+
+    @num_tokens.default
+    def _prompt(self) -> int:
+        return self.num_prompt_tokens
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens of prompt and output when it runs to its limit."""
+        return self.num_prompt_tokens + self.options.max_tokens
+
+    @property
+    def known(self) -> NDArray[np.int32]:
+        """Prompt and output so far."""
+        return self.tokens[: self.num_tokens]
+
+    @property
+    def output(self) -> NDArray[np.int32]:
+        """The output so far."""
+        return self.tokens[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> None:
+        """Take a sampled token."""
+        self.tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    def limit_reached(self, token_id: int) -> FinishReason | None:
+        """Why the request ends with `token_id` as its newest token, if it does."""
+        options = self.options
+        if token_id in self.eos_token_ids and not options.ignore_eos:
+            return "stop"
+        if token_id in options.stop_token_ids:
+            return "stop"
+        if self.constraint is not None and self.constraint.is_finished:
+            return "stop"
+        if self.num_output_tokens >= options.max_tokens:
+            return "length"
+        return None
+
+    def usage(self, now: float) -> Usage:
+        first = now if self.first_token_s is None else self.first_token_s
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            cached_tokens={"device": self.cached_tokens, "host": 0, "disk": 0},
+            output_tokens=self.num_output_tokens,
+            ttft_s=first - self.submitted_s,
+            total_s=now - self.submitted_s,
+        )

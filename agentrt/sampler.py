@@ -1,0 +1,121 @@
+"""Logits and options to token ids. What a row draws depends on its own request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentrt.types import GenerateOptions, TokenLogprob
+
+if TYPE_CHECKING:
+    from agentrt.request import Request
+
+NEVER = float("-inf")
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, TokenLogprob | None]]:
+    """One token a row of logits [rows, vocab] (changed in place), with its log-probability where
+    the request asks for it.
+
+    Log-probabilities are those of the distribution after penalties, bias and grammar, before
+    temperature and the top-k, top-p and min-p filters.
+    """
+    plain = [is_plain(request) for request in requests]
+    if all(plain):
+        return [(int(token), None) for token in logits.argmax(-1).tolist()]
+    return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
+
+
+def is_plain(request: Request) -> bool:
+    """Whether the token is just the row's argmax."""
+    options = request.options
+    return (
+        options.temperature == 0
+        and request.constraint is None
+        and options.top_logprobs is None
+        and not options.logit_bias
+        and not has_penalties(options)
+    )
+
+
+def has_penalties(options: GenerateOptions) -> bool:
+    return (
+        options.repetition_penalty != 1
+        or options.presence_penalty != 0
+        or options.frequency_penalty != 0
+    )
+
+
+def _sample_row(row: Tensor, request: Request) -> tuple[int, TokenLogprob | None]:
+    options = request.options
+    _penalise(row, request)
+    for token, bias in options.logit_bias.items():
+        row[token] += bias
+    if request.constraint is not None:
+        row.masked_fill_(~allowed_tokens(request, row.shape[0]).to(row.device), NEVER)
+    token = int(row.argmax()) if options.temperature == 0 else _draw(row, request)
+    if options.top_logprobs is None:
+        return token, None
+    return token, _logprob(row, token, options.top_logprobs)
+
+
+def _penalise(row: Tensor, request: Request) -> None:
+    """Repetition (Keskar et al. 2019) over prompt and output; presence and frequency (OpenAI's
+    API) over the output."""
+    options = request.options
+    if options.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(request.known).astype(np.int64)).to(row.device)
+        scores, penalty = row[seen], options.repetition_penalty
+        row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if options.presence_penalty != 0 or options.frequency_penalty != 0:
+        tokens, counts = np.unique(request.output, return_counts=True)
+        where = torch.from_numpy(tokens.astype(np.int64)).to(row.device)
+        times = torch.from_numpy(counts).to(row.device, row.dtype)
+        row[where] -= options.presence_penalty + options.frequency_penalty * times
+
+
+def allowed_tokens(request: Request, vocab_size: int) -> Tensor:
+    """The grammar's mask as bool [vocab]; tokens beyond the grammar's vocabulary are forbidden."""
+    assert request.constraint is not None
+    words = request.constraint.mask()
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
+    padded = np.zeros(vocab_size, dtype=bool)
+    padded[: len(bits)] = bits
+    return torch.from_numpy(padded)
+
+
+def filter_logits(scores: Tensor, options: GenerateOptions) -> Tensor:
+    """Apply top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) to one row that
+    temperature has scaled: tokens that are out get -inf. At least one token stays."""
+    if 0 < options.top_k < scores.shape[0]:
+        smallest = scores.topk(options.top_k).values[-1]
+        scores = scores.masked_fill(scores < smallest, NEVER)
+    if options.min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores = scores.masked_fill(probabilities < options.min_p * probabilities.max(), NEVER)
+    if options.top_p < 1:
+        ordered, order = scores.softmax(-1).sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        scores = scores.index_fill(0, order[before >= options.top_p], NEVER)
+    return scores
+
+
+def _draw(row: Tensor, request: Request) -> int:
+    scores = filter_logits(row / request.options.temperature, request.options)
+    if request.rng is None:
+        request.rng = torch.Generator(device=row.device)
+        seed = request.options.seed
+        request.rng.seed() if seed is None else request.rng.manual_seed(seed)
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=request.rng))
+
+
+def _logprob(row: Tensor, token: int, num_top: int) -> TokenLogprob:
+    logprobs = row.log_softmax(-1)
+    values, tokens = logprobs.topk(num_top)
+    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[token]), top)

@@ -1,0 +1,213 @@
+"""Which requests run in the next step, and how many tokens of each. No tensor, clock or I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define, field, frozen
+
+from agentrt.errors import CacheCorrupt
+from agentrt.request import Request, State
+
+if TYPE_CHECKING:
+    from agentrt.cache import Copy, PrefixCache
+    from agentrt.config import ResolvedConfig
+
+# A request that waits one second counts like one whose prefix is longer by this many tokens.
+AGEING_TOKENS_PER_S = 2000.0
+# The longest waiting are looked at; the others are younger, and the look-up must stay cheap.
+WINDOW = 64
+# Waiting for another request's prefix pays from this many tokens on.
+WORTH_WAITING_TOKENS = 16
+
+
+@frozen
+class Work:
+    """One request's share of a step: compute tokens [start, start + num_tokens)."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last row's logits give the request's next token."""
+        return self.start + self.num_tokens == self.request.num_tokens
+
+
+@frozen
+class Plan:
+    """One step: decode rows first, then prefill chunks; and block copies to make before."""
+
+    work: tuple[Work, ...]
+    copies: tuple[Copy, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(work.num_tokens for work in self.work)
+
+
+@define
+class Scheduler:
+    """Owns the queues, and through leases the blocks of every running request.
+
+    Invariants: a request is in `waiting` (state WAITING, no lease) or in `running` (PREFILL or
+    DECODE, a lease with room for all its known tokens), never in both; `running` is in order of
+    admission and no longer than max_batch. A plan's rows never pass step_tokens.
+    """
+
+    config: ResolvedConfig
+    cache: PrefixCache
+    waiting: list[Request] = field(factory=list)
+    running: list[Request] = field(factory=list)
+    num_preempted: int = 0
+
+    def submit(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def plan(self, now: float) -> Plan:
+        """Choose the next step's work. Empty when nothing can run."""
+        copies: list[Copy] = []
+        self._make_room(now)
+        work = [Work(r, r.num_computed, 1) for r in self.running if r.state is State.DECODE]
+        budget = self.config.step_tokens - len(work)
+        for request in self.running:
+            if request.state is State.PREFILL and budget > 0:
+                work.append(self._chunk(request, budget))
+                budget -= work[-1].num_tokens
+        for request in self._candidates(now, budget):
+            if budget <= 0 or len(self.running) >= self.config.max_batch:
+                break
+            if self._shares_running_prefill(request):
+                continue
+            admitted = self._admit(request, now)
+            if admitted is None:
+                break  # the next in line must not be overtaken for ever by smaller ones
+            copies += admitted
+            work.append(self._chunk(request, budget))
+            budget -= work[-1].num_tokens
+        return Plan(tuple(work), tuple(copies))
+
+    def computed(self, work: Work, now: float) -> None:
+        """Note that `work` was done; prefill becomes shareable at once."""
+        request = work.request
+        request.num_computed = work.start + work.num_tokens
+        if request.state is State.PREFILL:
+            self._commit(request, now)
+            if request.num_computed == request.num_tokens:
+                request.state = State.DECODE
+
+    def finish(self, request: Request, now: float) -> None:
+        """Take a request out, whatever its state; its KV stays in the cache."""
+        if request.state is State.WAITING:
+            self.waiting.remove(request)
+        elif request.state is not State.FINISHED:
+            self._release(request, now)
+        request.state = State.FINISHED
+
+    def _chunk(self, request: Request, budget: int) -> Work:
+        left = request.num_tokens - request.num_computed
+        return Work(request, request.num_computed, min(left, budget))
+
+    def _candidates(self, now: float, budget: int) -> list[Request]:
+        """The longest waiting, by resident prefix and age, best first (stable)."""
+        if budget <= 0 or len(self.running) >= self.config.max_batch or not self.waiting:
+            return []
+
+        def value(request: Request) -> float:
+            resident = self.cache.peek(request.known, request.namespace)
+            return resident + AGEING_TOKENS_PER_S * (now - request.submitted_s)
+
+        return sorted(self.waiting[:WINDOW], key=value, reverse=True)
+
+    def _shares_running_prefill(self, request: Request) -> bool:
+        """Whether a running request is about to compute a prefix that this one could use."""
+        resident = None
+        for other in self.running:
+            if other.state is not State.PREFILL or other.namespace != request.namespace:
+                continue
+            common = common_prefix(request.known, other.known)
+            usable = min(common, request.num_tokens - 1)
+            if usable <= other.num_computed:
+                continue
+            if resident is None:
+                resident = self.cache.peek(request.known, request.namespace)
+            if usable - resident >= WORTH_WAITING_TOKENS:
+                return True
+        return False
+
+    def _admit(self, request: Request, now: float) -> list[Copy] | None:
+        """Lease blocks for all known tokens and one more. None if they are not to be had now."""
+        got = self.cache.acquire(
+            request.known,
+            num_tokens=request.num_tokens + 1,
+            now=now,
+            namespace=request.namespace,
+        )
+        if got is None:
+            if not self.running:
+                raise CacheCorrupt(f"an idle pool cannot hold {request.num_tokens + 1} tokens")
+            return None
+        request.lease, copies = got
+        request.num_computed = request.lease.num_cached_tokens
+        if not request.admitted:
+            request.admitted = True
+            request.cached_tokens = request.num_computed
+        request.state = State.PREFILL
+        self.waiting.remove(request)
+        self.running.append(request)
+        return list(copies)
+
+    def _make_room(self, now: float) -> None:
+        """Extend every decoding request by a token; preempt the youngest while blocks lack.
+
+        The oldest always gets room: admission refused what the whole pool cannot hold.
+        """
+        for request in list(self.running):
+            while request.state is State.DECODE and not self._extend(request, now):
+                self._preempt(self.running[-1], now)
+
+    def _extend(self, request: Request, now: float) -> bool:
+        assert request.lease is not None
+        return self.cache.extend(request.lease, request.num_tokens, now)
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Back to the queue's head: its KV stays in the cache until others need the blocks."""
+        self._release(request, now)
+        request.state = State.WAITING
+        request.num_computed = 0
+        self.waiting.insert(0, request)
+        self.num_preempted += 1
+
+    def _commit(self, request: Request, now: float) -> None:
+        assert request.lease is not None
+        self.cache.commit(request.lease, request.tokens[: request.num_computed], now)
+
+    def _release(self, request: Request, now: float) -> None:
+        assert request.lease is not None
+        self._commit(request, now)
+        self.cache.release(request.lease)
+        request.lease = None
+        self.running.remove(request)
+
+    def check(self) -> None:
+        """Raise CacheCorrupt if an invariant of the queues or the cache does not hold."""
+        self.cache.check()
+        for request in self.waiting:
+            if request.state is not State.WAITING or request.lease is not None:
+                raise CacheCorrupt(f"{request.id} waits in state {request.state} with a lease")
+        for request in self.running:
+            if request.state not in (State.PREFILL, State.DECODE) or request.lease is None:
+                raise CacheCorrupt(f"{request.id} runs in state {request.state} without a lease")
+        if len(self.running) > self.config.max_batch:
+            raise CacheCorrupt(
+                f"{len(self.running)} requests run, max_batch is {self.config.max_batch}"
+            )
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:  # type: ignore[type-arg]
+    """Length of the longest common prefix of two token arrays."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size

@@ -1,0 +1,234 @@
+"""Session: one conversation, token-exact, with the whole tool loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+from attrs import evolve
+
+from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
+from agentrt.grammar import tool_calls as tool_call_grammar
+from agentrt.token_log import TokenLog
+from agentrt.tool_prompt import CallScanner
+from agentrt.tools import ToolSet, run_tool
+from agentrt.types import (
+    Completion,
+    Finished,
+    GenerateOptions,
+    Message,
+    Reply,
+    SessionEvent,
+    Step,
+    TextDelta,
+    ToolCall,
+    ToolCallArguments,
+    ToolResult,
+    TurnFinished,
+    TurnReason,
+)
+
+if TYPE_CHECKING:
+    from agentrt.chat import Chat
+    from agentrt.engine import Engine
+
+
+class Session:
+    """A conversation whose token log only grows, so that its KV stays valid from turn to turn.
+
+    Made by `Engine.session`. Owns `messages` and the log. One turn runs at a time (SessionBusy).
+    A turn that fails or is cancelled is taken back: the log is as it was before it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: Chat,
+        *,
+        system: str | None,
+        tools: Sequence[Any],
+        options: GenerateOptions | None,
+        max_steps: int,
+    ) -> None:
+        if max_steps < 1:
+            raise RequestInvalid(f"max_steps must be at least 1, got {max_steps}")
+        if chat.tokenizer is None or chat.template is None:
+            raise RequestInvalid("this model has no chat template: use generate with token ids")
+        self._engine = engine
+        self._chat = chat
+        self.tools = ToolSet(tools)
+        self.max_steps = max_steps
+        self.options = self._turn_options(options or GenerateOptions())
+        self.messages: list[Message] = []
+        if system is not None:
+            self.messages.append(Message(role="system", content=system))
+        self._log = TokenLog(chat.tokenizer)
+        self._num_calls = 0
+        self._busy = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Session messages={len(self.messages)} tokens={len(self._log.ids)}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token log: all that the model has read or written, as it was."""
+        return tuple(self._log.ids)
+
+    async def run(self, text: str) -> Reply:
+        """Send a user message and go through the whole tool loop.
+
+        Raises SessionBusy while another turn runs, and what `Engine.generate` raises.
+        """
+        steps: list[Step] = []
+        end: TurnFinished | None = None
+        async for event in self._turn(text, steps):
+            if isinstance(event, TurnFinished):
+                end = event
+        assert end is not None
+        return Reply(text=end.text, finish_reason=end.finish_reason, steps=tuple(steps))
+
+    async def stream(self, text: str) -> AsyncGenerator[SessionEvent]:
+        """The same, as events: TextDelta, ToolCallStarted, ToolCallArguments, ToolResult, and
+        TurnFinished last. Leaving the iterator cancels the turn."""
+        async with aclosing(self._turn(text, [])) as events:
+            async for event in events:
+                yield event
+
+    async def fork(self, num: int) -> list[Session]:
+        """Sessions that go on from here on their own. No KV is copied until they differ."""
+        self._refuse_busy()
+        return [self._copy() for _ in range(num)]
+
+    async def erase(self) -> None:
+        """Forget the conversation, and drop its KV wherever no other session shares it."""
+        self._refuse_busy()
+        if self._log.ids:
+            await self._engine.forget(self._log.ids)
+        self.messages.clear()
+        assert self._chat.tokenizer is not None
+        self._log = TokenLog(self._chat.tokenizer)
+
+    def _copy(self) -> Session:
+        twin = Session(
+            self._engine,
+            self._chat,
+            system=None,
+            tools=tuple(self.tools),
+            options=self.options,
+            max_steps=self.max_steps,
+        )
+        twin.messages = list(self.messages)
+        twin._log = self._log.copy()
+        twin._num_calls = self._num_calls
+        return twin
+
+    def _turn_options(self, options: GenerateOptions) -> GenerateOptions:
+        if options.n != 1:
+            raise RequestInvalid("n must be 1 in a session: fork it to sample several answers")
+        if self.tools and options.grammar is not None:
+            raise RequestInvalid("a session with tools has a grammar of its own: leave grammar out")
+        if not self.tools:
+            return options
+        return evolve(options, grammar=tool_call_grammar(self.tools, required=False, parallel=True))
+
+    def _refuse_busy(self) -> None:
+        if self._closed:
+            raise EngineClosed("the session is closed: open a new one")
+        if self._busy:
+            raise SessionBusy("the session runs a turn already: await it, or fork the session")
+
+    async def _turn(self, text: str, steps: list[Step]) -> AsyncGenerator[SessionEvent]:
+        self._refuse_busy()
+        if not isinstance(text, str):
+            raise RequestInvalid(f"a message is text, got {type(text).__name__}")
+        before = list(self.messages), self._log.copy(), self._num_calls
+        self._busy = True
+        try:
+            self.messages.append(Message(role="user", content=text))
+            async with aclosing(self._steps(steps)) as events:
+                async for event in events:
+                    yield event
+        except BaseException:
+            self.messages, self._log, self._num_calls = before
+            raise
+        finally:
+            self._busy = False
+
+    async def _steps(self, steps: list[Step]) -> AsyncGenerator[SessionEvent]:
+        """Generate, run the tools that were called, and again, until no tool is called."""
+        while True:
+            self._log.update(self._chat.render(self.messages, self.tools))
+            calls: list[ToolCall] = []
+            completion: Completion | None = None
+            async with aclosing(self._generate()) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        completion = event.completion
+                        continue
+                    if isinstance(event, ToolCallArguments):
+                        calls.append(event.call)
+                    yield event
+            assert completion is not None
+            self._note(completion, len(calls))
+            results = await self._run_tools(calls)
+            for result in results:
+                yield result
+            steps.append(Step(completion=completion, results=results))
+            if not calls or len(steps) >= self.max_steps:
+                yield TurnFinished(completion.text, _reason(completion, calls), len(steps))
+                return
+
+    async def _generate(self) -> AsyncGenerator[SessionEvent | Finished]:
+        """One generation: its text without tool calls, its tool calls, and Finished last."""
+        scanner = CallScanner(f"call_{self._num_calls}_")
+        stream = self._engine.stream(tuple(self._log.ids), self.options)
+        async with aclosing(stream) as events:
+            async for event in events:
+                ids = event.token_ids if isinstance(event, TextDelta) else ()
+                last = isinstance(event, Finished)
+                for part in scanner.flush() if last else scanner.push(event.text):
+                    yield TextDelta(part, ids) if isinstance(part, str) else part
+                if isinstance(event, Finished):
+                    yield event
+
+    def _note(self, completion: Completion, num_calls: int) -> None:
+        """Append what was generated: ids as they are, text as the template will show it."""
+        self.messages.append(Message(role="assistant", content=completion.text))
+        last = completion.token_ids[-1] if completion.token_ids else None
+        ended = last if last in self._chat.eos_token_ids else None
+        self._log.append_generated(completion.token_ids, self._chat.shown(completion.text, ended))
+        self._num_calls += num_calls
+
+    async def _run_tools(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
+        """Run the calls concurrently; results and their messages are in the order of the calls."""
+        results: dict[str, ToolResult] = {}
+
+        async def run(call: ToolCall) -> None:
+            results[call.id] = await run_tool(self.tools, call, clock=time.monotonic)
+
+        async with anyio.create_task_group() as group:
+            for call in calls:
+                group.start_soon(run, call)
+        ordered = tuple(results[call.id] for call in calls)
+        for result in ordered:
+            name, call_id = result.call.name, result.call.id
+            self.messages.append(
+                Message(role="tool", content=result.content, name=name, tool_call_id=call_id)
+            )
+        return ordered
+
+
+def _reason(completion: Completion, calls: Sequence[ToolCall]) -> TurnReason:
+    if calls:
+        return "max_steps"
+    return "length" if completion.finish_reason == "length" else "stop"

@@ -1,0 +1,274 @@
+"""The KV cache's books: which tokens' KV lies in which blocks, and who may use them.
+
+Pure bookkeeping, owned by one thread: no device, no clock. `PrefixCache` is the whole of it.
+"""
+
+from typing import final
+
+from attrs import frozen
+
+from agentrt.cache.blocks import BlockPool
+from agentrt.cache.evict import SessionState
+from agentrt.cache.lease import Copy, Lease
+from agentrt.cache.node import Match, TokenArray
+from agentrt.cache.tree import RadixTree
+from agentrt.errors import CacheCorrupt
+
+__all__ = ["CacheStats", "Copy", "Lease", "PrefixCache", "SessionState"]
+
+
+@frozen(kw_only=True)
+class CacheStats:
+    """A snapshot of the cache; the token counters run from its creation."""
+
+    num_blocks: int
+    free_blocks: int
+    leased_blocks: int
+    cached_tokens: int
+    num_nodes: int
+    asked_tokens: int
+    hit_tokens: int
+    evicted_tokens: int
+
+
+@final
+class PrefixCache:
+    """Prefixes in blocks: leases for running requests, a tree for all that can be shared.
+
+    State: the pool, the tree and the set of live leases. Invariant: a block's references are the
+    live leases and the nodes that hold it, one each; see `check`.
+    """
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self._pool = BlockPool(num_blocks, block_tokens)
+        self._tree = RadixTree(self._pool)
+        self._leases: set[Lease] = set()
+        self._asked_tokens = 0
+        self._hit_tokens = 0
+        self._evicted_tokens = 0
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        return (
+            f"<PrefixCache {pool.num_free} free, {pool.num_leased} leased of {pool.num_blocks} "
+            f"blocks, {self._tree.num_tokens} tokens cached, {len(self._leases)} leases>"
+        )
+
+    def peek(self, token_ids: TokenArray, namespace: str = "") -> int:
+        """Length in tokens of the longest resident prefix; changes nothing."""
+        return self._tree.match(token_ids, namespace).num_tokens
+
+    def acquire(
+        self,
+        token_ids: TokenArray,
+        *,
+        num_tokens: int,
+        now: float,
+        namespace: str = "",
+        max_cached_tokens: int | None = None,
+    ) -> tuple[Lease, list[Copy]] | None:
+        """Lease the longest resident prefix and room for `num_tokens` tokens in all.
+
+        At most `max_cached_tokens` are taken from the tree, and never the last token: computing
+        one gives the next one's logits. Evicts what is worth least; None, and no change at all,
+        if the room cannot be had now.
+        """
+        longest = max(0, len(token_ids) - 1)
+        if max_cached_tokens is not None:
+            longest = max(0, min(longest, max_cached_tokens))
+        match = self._tree.match(token_ids[:longest], namespace)
+        taken = self._take(token_ids, match, match.num_tokens, num_tokens, namespace)
+        num_cached = match.num_tokens
+        if taken is None and (inside := num_cached % self._pool.block_tokens):
+            # The source of a copy must stay while the copy is made: one block more than the
+            # lease will hold. A full pool may have room only if that part is computed again.
+            num_cached -= inside
+            taken = self._take(token_ids, match, num_cached, num_tokens, namespace)
+        if taken is None:
+            return None
+        for node in match.path:
+            if node.end <= num_cached:
+                node.use(now)
+        self._asked_tokens += len(token_ids)
+        self._hit_tokens += num_cached
+        return taken
+
+    def extend(self, lease: Lease, num_tokens: int, now: float) -> bool:
+        """Make room for `num_tokens` in all; False, and no change, if that cannot be had now."""
+        missing = self._num_blocks(num_tokens) - len(lease.block_ids)
+        if missing <= 0:
+            return True
+        assert lease._live, "the lease was released"
+        fresh = self._reserve(missing, lease.block_ids[-1] if lease.block_ids else None)
+        if fresh is None:
+            return False
+        self._pool.claim(fresh, lease)
+        lease.block_ids += fresh
+        if lease._leaf is not None:
+            lease._leaf.use(now)
+        return True
+
+    def commit(self, lease: Lease, token_ids: TokenArray, now: float) -> None:
+        """Share the KV of `token_ids`, the whole sequence so far, which is now in the blocks.
+
+        What the tree has already of another lease stays as it is, and so do the lease's blocks.
+        """
+        assert lease._live, "the lease was released"
+        assert lease.num_tokens <= len(token_ids) <= self._capacity_tokens(lease)
+        lease._leaf = self._tree.insert(
+            token_ids, lease.block_ids, lease._namespace, now, lease._leaf
+        )
+        lease._token_ids = token_ids.copy()
+        lease.num_tokens = len(token_ids)
+
+    def fork(self, lease: Lease, num_tokens: int, now: float) -> tuple[Lease, list[Copy]] | None:
+        """Open a second lease over the same tokens, with room for `num_tokens` in all.
+
+        Full blocks are shared, a partial last one is copied. None, and no change, if the room
+        cannot be had now.
+        """
+        assert lease._live, "the lease was released"
+        num_full, num_inside = divmod(lease.num_tokens, self._pool.block_tokens)
+        shared = lease.block_ids[:num_full]
+        missing = self._num_blocks(max(num_tokens, lease.num_tokens)) - num_full
+        fresh = self._reserve(missing, shared[-1] if shared else None)
+        if fresh is None:
+            return None
+        if lease._leaf is not None:
+            lease._leaf.use(now)
+        child = Lease(lease._token_ids, shared + fresh, lease._namespace)
+        self._leases.add(child)
+        self._pool.lease(shared)
+        self._pool.claim(fresh, child)
+        source = lease.block_ids[num_full : num_full + (num_inside > 0)]
+        return child, [Copy(block, fresh[0], num_inside) for block in source]
+
+    def release(self, lease: Lease) -> None:
+        """Give the lease up; what it committed stays in the tree. Again is fine."""
+        if not lease._live:
+            return
+        lease._live = False
+        lease._leaf = None
+        self._leases.remove(lease)
+        self._pool.end_lease(lease.block_ids, lease)
+
+    def forget(self, token_ids: TokenArray, *, keep_tokens: int, namespace: str = "") -> int:
+        """Drop this path beyond `keep_tokens`, up to what a lease or another path uses.
+
+        Returns the number of tokens dropped.
+        """
+        return self._tree.forget(token_ids, max(0, keep_tokens), namespace)
+
+    def mark(
+        self,
+        token_ids: TokenArray,
+        state: SessionState,
+        now: float,
+        namespace: str = "",
+        expected_s: float | None = None,
+    ) -> None:
+        """Tell eviction what the session whose log is `token_ids` does.
+
+        `expected_s` is how long its pending tool will take. Call with RUNNING when a turn begins
+        and with another state when it ends.
+        """
+        self._tree.mark(token_ids, state, expected_s, now, namespace)
+
+    def clear(self) -> None:
+        """Drop all that no lease uses."""
+        self._tree.clear()
+
+    def stats(self) -> CacheStats:
+        """A snapshot of the counts."""
+        return CacheStats(
+            num_blocks=self._pool.num_blocks,
+            free_blocks=self._pool.num_free,
+            leased_blocks=self._pool.num_leased,
+            cached_tokens=self._tree.num_tokens,
+            num_nodes=self._tree.num_nodes,
+            asked_tokens=self._asked_tokens,
+            hit_tokens=self._hit_tokens,
+            evicted_tokens=self._evicted_tokens,
+        )
+
+    def check(self) -> None:
+        """Raise CacheCorrupt unless pool, tree and leases agree; for tests, it reads all."""
+        self._pool.check()
+        self._tree.check()
+        leases = [0] * self._pool.num_blocks
+        for lease in self._leases:
+            self._check_lease(lease)
+            for block in lease.block_ids:
+                leases[block] += 1
+        references = list(leases)
+        for node in self._tree.nodes():
+            for block in node.blocks:
+                references[block] += 1
+        if leases != self._pool.leases or references != self._pool.references:
+            raise CacheCorrupt("reference counts differ from what leases and nodes hold")
+        for block, writer in enumerate(self._pool.writers):
+            if writer is not None and not (
+                isinstance(writer, Lease) and writer in self._leases and block in writer.block_ids
+            ):
+                raise CacheCorrupt(f"the writer of block {block} is no live lease of it")
+
+    def _check_lease(self, lease: Lease) -> None:
+        if not lease._live or len(lease._token_ids) != lease.num_tokens:
+            raise CacheCorrupt(f"{lease!r} is registered wrongly")
+        if lease.num_tokens > self._capacity_tokens(lease):
+            raise CacheCorrupt(f"{lease!r} holds more tokens than fit")
+        for block in lease.block_ids[lease.num_tokens // self._pool.block_tokens :]:
+            if self._pool.writers[block] is not lease:
+                raise CacheCorrupt(f"{lease!r} may not write block {block} behind its tokens")
+
+    def _take(
+        self,
+        token_ids: TokenArray,
+        match: Match,
+        num_cached: int,
+        num_tokens: int,
+        namespace: str,
+    ) -> tuple[Lease, list[Copy]] | None:
+        """Open a lease over the first `num_cached` tokens of a match, if there is the room."""
+        blocks = self._tree.blocks(match.path, num_cached)
+        num_inside = num_cached % self._pool.block_tokens
+        in_place = bool(num_inside) and self._pool.can_append(blocks[-1], num_inside)
+        num_kept = len(blocks) - (num_inside > 0 and not in_place)
+        # Held before room is made, so that neither these nor the source of a copy are evicted.
+        lease = Lease(token_ids[:num_cached].copy(), blocks, namespace)
+        self._leases.add(lease)
+        self._pool.lease(blocks)
+        if in_place:
+            self._pool.claim(blocks[-1:], lease)
+        missing = self._num_blocks(max(num_tokens, num_cached)) - num_kept
+        fresh = self._reserve(missing, blocks[num_kept - 1] if num_kept else None)
+        if fresh is None:
+            self.release(lease)
+            return None
+        self._pool.claim(fresh, lease)
+        lease.block_ids = blocks[:num_kept] + fresh
+        self._pool.end_lease(blocks[num_kept:])
+        return lease, [Copy(source, fresh[0], num_inside) for source in blocks[num_kept:]]
+
+    def _reserve(self, num: int, after: int | None) -> list[int] | None:
+        """Allocate `num` blocks, evicting if needed; None, and no change, if that cannot be."""
+        pool = self._pool
+        if num > pool.num_blocks - pool.num_leased:
+            return None
+        if pool.num_free < num:
+            self._evicted_tokens += self._tree.reclaim(num)
+        if pool.num_free < num:
+            # Rare: the tree holds second copies above the leaves of leases. Without them every
+            # block that no lease holds can go, so the first test decides exactly.
+            for lease in self._leases:
+                self._tree.adopt(lease._token_ids, lease.block_ids, lease._namespace)
+            self._evicted_tokens += self._tree.reclaim(num)
+        if pool.num_free < num:
+            raise CacheCorrupt(f"{num} blocks that no lease holds cannot be reclaimed: {pool!r}")
+        return pool.allocate(num, after)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.block_tokens)
+
+    def _capacity_tokens(self, lease: Lease) -> int:
+        return len(lease.block_ids) * self._pool.block_tokens

@@ -1,0 +1,73 @@
+"""A node of the radix tree, and a path through such nodes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from attrs import define, field, frozen
+
+from agentrt.cache.evict import DEAD_STATES, SessionState
+
+TokenArray = npt.NDArray[np.int32]
+
+
+@define(eq=False, kw_only=True)
+class Node:
+    """An edge of the tree with its lower end: tokens [start, end) of a path and their blocks."""
+
+    namespace: str
+    parent: "Node | None" = field(repr=False)  # None in a root, and once the node is gone
+    tokens: TokenArray = field(repr=False)
+    start: int
+    blocks: list[int]  # of block index start // block_tokens and on
+    last_used_s: float
+    children: dict[int, "Node"] = field(factory=dict, repr=lambda children: str(len(children)))
+    state: SessionState | None = None  # of the session whose log ends here, if one is known
+    expected_s: float | None = None
+    queued_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the edge."""
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """Number of tokens from the root to the lower end."""
+        return self.start + len(self.tokens)
+
+    @property
+    def num_children(self) -> int:
+        """How many edges go on from here."""
+        return len(self.children)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the node is in the tree; false for a root."""
+        return self.parent is not None
+
+    def use(self, now: float) -> None:
+        """Note a use at `now`; one that was given up as dead is not, then."""
+        self.last_used_s = max(self.last_used_s, now)
+        if self.state in DEAD_STATES:
+            self.state = None
+
+    def chain_above(self) -> Iterator["Node"]:
+        """Ancestors that lead to this node only, the nearest first."""
+        ancestor = self.parent
+        while ancestor is not None and ancestor.attached and len(ancestor.children) == 1:
+            yield ancestor
+            ancestor = ancestor.parent
+
+
+@frozen
+class Match:
+    """The longest prefix found: the nodes it runs through; it may end inside the last one."""
+
+    path: list[Node]
+    num_tokens: int
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it ends before the end of its last node."""
+        return bool(self.path) and self.num_tokens < self.path[-1].end

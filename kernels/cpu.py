@@ -1,0 +1,54 @@
+"""The fast CPU path: exact int8 products, flash attention over KV blocks (see the files named)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from torch import Tensor
+
+from agentrt.kernels import Linear, Segment, attention_cpu
+from agentrt.kernels.attention_cpu import CpuPlan
+from agentrt.kernels.linear_cpu import Int8Linear, TiledLinear
+from agentrt.kernels.reference import DenseLinear
+
+LinearKind = Literal["dense", "tiled", "int8"]
+_LINEARS = {"dense": DenseLinear, "tiled": TiledLinear, "int8": Int8Linear.pack}
+
+
+@frozen
+class CpuOps:
+    """See `agentrt.kernels.Ops`."""
+
+    linear_kind: LinearKind
+
+    @property
+    def name(self) -> str:
+        return f"cpu-{self.linear_kind}"
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return _LINEARS[self.linear_kind](weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        turned = torch.roll(x, x.shape[-1] // 2, -1).mul_(sin)
+        x.mul_(cos).add_(turned)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def plan_attention(self, segments: tuple[Segment, ...], kv: Tensor, num_heads: int) -> CpuPlan:
+        return attention_cpu.plan_attention(segments, kv, num_heads)
+
+    def append_kv(self, plan: CpuPlan, layer: int, key_value: Tensor) -> None:
+        attention_cpu.append_kv(plan, layer, key_value)
+
+    def attend(self, plan: CpuPlan, layer: int, query: Tensor) -> Tensor:
+        return attention_cpu.attend(plan, layer, query)

@@ -1,0 +1,77 @@
+"""Which implementation of the operations an engine uses: decided once, when it starts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from attrs import frozen
+
+from agentrt.errors import ConfigError
+from agentrt.kernels import Ops
+from agentrt.kernels.cpu import CpuOps, LinearKind
+from agentrt.kernels.reference import ReferenceOps
+
+DeviceName = Literal["cpu", "cuda"]
+
+
+@frozen(kw_only=True)
+class Compute:
+    """The choice: a device, the dtype of activations and KV, and the operations."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    weights: str  # "int8", or the dtype's name
+
+
+def has_fast_int8() -> bool:
+    """Whether the CPU multiplies int8 exactly and fast (VNNI or AMX). Older ones saturate."""
+    return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU has bf16 units. Without them bf16 products are slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_compute(
+    *, device: str, dtype: str, weights: str, deterministic: bool, is_quantised: bool
+) -> Compute:
+    """Resolve the "auto" settings on this machine.
+
+    `weights="auto"` never drops precision that the file has: int8 serves files that are quantised
+    already (`is_quantised`), where no dtype was asked for. Raises ConfigError, naming the setting.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return _choose_cuda(dtype, weights, deterministic)
+    if weights in ("int4", "fp8"):
+        raise ConfigError(f"weights={weights!r} is not available on the CPU: use 'int8' or 'auto'")
+    if weights == "int8" and dtype == "bfloat16":
+        raise ConfigError("weights='int8' computes in float32: leave dtype at 'auto'")
+    if weights == "int8" and not has_fast_int8():
+        raise ConfigError("weights='int8' needs a CPU with VNNI or AMX: use weights='auto'")
+    auto_int8 = weights == "auto" and dtype == "auto" and is_quantised and has_fast_int8()
+    if weights == "int8" or auto_int8:
+        return _on_cpu("int8", torch.float32)
+    kind: LinearKind = "tiled" if deterministic else "dense"
+    if dtype == "bfloat16" or (dtype == "auto" and has_fast_bfloat16()):
+        return _on_cpu(kind, torch.bfloat16)
+    return _on_cpu(kind, torch.float32)
+
+
+def _on_cpu(kind: LinearKind, dtype: torch.dtype) -> Compute:
+    name = "int8" if kind == "int8" else str(dtype).removeprefix("torch.")
+    device = torch.device("cpu")
+    return Compute(device=device, dtype=dtype, ops=CpuOps(kind), weights=name)
+
+
+def _choose_cuda(dtype: str, weights: str, deterministic: bool) -> Compute:
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
+    if weights != "auto" or deterministic:
+        raise ConfigError("on CUDA only weights='auto' and deterministic=False are implemented")
+    chosen = torch.float32 if dtype == "float32" else torch.bfloat16
+    device = torch.device("cuda")
+    name = str(chosen).removeprefix("torch.")
+    return Compute(device=device, dtype=chosen, ops=ReferenceOps(device), weights=name)

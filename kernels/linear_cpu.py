@@ -1,0 +1,74 @@
+"""Matrix products on a CPU: int8 weights with exact integer sums, and float tiles of fixed shape.
+
+`Int8Linear` stores weights as int8 with one scale a row and splits each activation into two int8
+digits, so that both products are int8 x int8 -> int32 and exact: a row's result has the same bits
+whatever rows are beside it, and activations keep 15 bits. On a CPU with VNNI but no bf16 units
+(2 cores) all layer matrices of SmolLM2-135M took 5.5 ms at batch 1 and 0.76 s for 2,048 tokens;
+float32 took 28 ms and 1.73 s; `_weight_int4pack_mm_for_cpu` 4.5 ms and 3.3 s. One activation digit
+(8 bits) costs half at large batches but moved the model's output 10x as far (mean KL against
+float32 0.031 instead of 0.003).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from torch import Tensor
+
+DIGIT = 256  # the high digit's weight
+LARGEST = 127 * DIGIT  # of an activation, in units of its row's scale
+TINY = 1e-30  # keeps the scale of an all-zero row finite
+HALF = torch.tensor(float(DIGIT // 2))
+
+
+def split_digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, in] -> (digits int8 [2, rows, in], peak [rows, 1]).
+
+    `x ~ peak / LARGEST * (256 * digits[1] + digits[0])`, within peak / LARGEST / 2.
+    """
+    peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+    # Adding half a digit and flipping the low byte's top bit makes both bytes signed digits.
+    whole = torch.addcmul(HALF, x, LARGEST / peak).round_().to(torch.int16).bitwise_xor_(DIGIT // 2)
+    bytes_ = whole.view(torch.int8).view(*x.shape, 2)  # little-endian: the low digit first
+    return bytes_.permute(2, 0, 1).contiguous(), peak
+
+
+@frozen
+class Int8Linear:
+    """y = x W^T with W rounded to int8 per output row (symmetric)."""
+
+    weight: Tensor  # int8 [in, out], a transposed view
+    scale: Tensor  # [out], of a product of weight and activation units
+    bias: Tensor | None
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """weight [out, in] of any float type."""
+        wide = weight.float()
+        scale = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
+        whole = (wide / scale).round_().to(torch.int8)
+        scale = scale[:, 0] / LARGEST
+        return cls(whole.t(), scale, None if bias is None else bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        digits, peak = split_digits(x)
+        low, high = torch._int_mm(digits.flatten(0, 1), self.weight).float().chunk(2)
+        out = low.add_(high, alpha=DIGIT).mul_(self.scale).mul_(peak)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+@frozen
+class TiledLinear:
+    """A float product in tiles of a fixed number of rows, so that a row's bits never depend on
+    how many rows there are: sgemm picks its order of summation by shape."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+    TILE_ROWS = 32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        padded = F.pad(x, (0, 0, 0, -rows % self.TILE_ROWS))
+        tiles = [F.linear(tile, self.weight, self.bias) for tile in padded.split(self.TILE_ROWS)]
+        return torch.cat(tiles)[:rows]
