@@ -49,7 +49,7 @@ class Ops(Protocol):
         """Prepare a [out, in] matrix for `Linear.__call__`; the argument may be freed after."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, computed in float32 (Zhang, Sennrich 2019)."""
+        """Root-mean-square norm over the last dimension, in float32 (Zhang, Sennrich 2019)."""
 
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary embedding in place, half-split form: x [rows, heads, dim]; cos, sin

@@ -14,7 +14,6 @@ kernel and the sgemm below it carry that; `test_attention_cpu.py` checks them:
 
 from __future__ import annotations
 
-from itertools import groupby
 from operator import attrgetter
 
 import torch
@@ -49,8 +48,19 @@ class Tile:
 
 
 @frozen
+class SharedTile:
+    """Blocks that every one of some decode rows reads in full."""
+
+    rows: tuple[int, ...]
+    tile: Tile
+
+
+@frozen
 class SegmentPlan:
-    """One segment's rows, the tiles that they read, and where their own keys go."""
+    """One segment's rows, the tiles that they read, and where their own keys go.
+
+    The full tiles of decode rows are in `CpuPlan.shared` instead.
+    """
 
     rows: slice
     num_tiles: int
@@ -68,6 +78,7 @@ class CpuPlan:
     """
 
     decode: tuple[SegmentPlan, ...]
+    shared: tuple[SharedTile, ...]
     chunks: tuple[SegmentPlan, ...]
     queries: Tensor  # scratch [decode rows, kv_heads, groups padded to MIN_ROWS, dim]
     outs: Tensor  # scratch [tiles, decode rows, kv_heads, padded groups, dim + 1]
@@ -77,10 +88,11 @@ class CpuPlan:
 
 def plan_attention(segments: tuple[Segment, ...], kv: Tensor, num_heads: int) -> CpuPlan:
     """Split each segment's context into tiles of kv [layers, 2, blocks, kv_heads, tokens, dim]."""
-    plans = [_plan_segment(segment, kv) for segment in segments]
-    decode = tuple(plan for plan in plans if plan.rows.stop - plan.rows.start == 1)
-    if [plan.rows.start for plan in decode] != list(range(len(decode))):
+    singles = [segment for segment in segments if segment.num_rows == 1]
+    if [segment.first_row for segment in singles] != list(range(len(singles))):
         raise ValueError("segments of one row must come first")
+    decode = tuple(_plan_segment(segment, kv, _num_full(segment, kv)) for segment in singles)
+    chunks = [segment for segment in segments if segment.num_rows > 1]
     kv_heads, dim = kv.shape[3], kv.shape[5]
     groups = num_heads // kv_heads
     shape = (len(decode), kv_heads, max(groups, MIN_ROWS))
@@ -89,7 +101,8 @@ def plan_attention(segments: tuple[Segment, ...], kv: Tensor, num_heads: int) ->
     outs[..., dim] = 1
     return CpuPlan(
         decode=decode,
-        chunks=tuple(plan for plan in plans if plan.rows.stop - plan.rows.start > 1),
+        shared=_shared_tiles(singles, kv),
+        chunks=tuple(_plan_segment(segment, kv, 0) for segment in chunks),
         queries=kv.new_zeros(*shape, dim),
         outs=outs,
         lses=kv.new_full((num_tiles, *shape), float("-inf"), dtype=torch.float32),
@@ -97,24 +110,57 @@ def plan_attention(segments: tuple[Segment, ...], kv: Tensor, num_heads: int) ->
     )
 
 
-def _plan_segment(segment: Segment, kv: Tensor) -> SegmentPlan:
-    block_tokens = kv.shape[4]
-    start, end = segment.start_position, segment.start_position + segment.num_rows
-    num_full = (start + 1) // block_tokens  # every row sees all of these
-    num_tiles = -(-end // block_tokens)
+def _num_full(segment: Segment, kv: Tensor) -> int:
+    """How many leading blocks every row of the segment sees in full."""
+    return (segment.start_position + 1) // kv.shape[4]
+
+
+def _plan_segment(segment: Segment, kv: Tensor, first_block: int) -> SegmentPlan:
+    """Plan the tiles from the context's `first_block`-th block on."""
+    end = segment.start_position + segment.num_rows
+    num_full = _num_full(segment, kv)
+    num_tiles = -(-end // kv.shape[4])
+    pairs = list(enumerate(segment.block_ids))
     tiles = [
-        _tile(kv, index, segment.block_ids[index], length, block_tokens, 0, None)
-        for index, length in _runs(segment.block_ids[:num_full])
+        _tile(kv, index, block, length, kv.shape[4], 0, None)
+        for index, block, length in _runs(pairs[first_block:num_full])
     ]
     tiles += [_masked_tile(segment, index, kv) for index in range(num_full, num_tiles)]
     rows = slice(segment.first_row, segment.first_row + segment.num_rows)
     return SegmentPlan(rows, num_tiles, tuple(tiles), _targets(segment, kv))
 
 
-def _runs(block_ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(index, length) of the maximal runs of consecutive block ids."""
-    keyed = groupby(enumerate(block_ids), key=lambda pair: pair[1] - pair[0])
-    return [(run[0][0], len(run)) for run in (list(group) for _, group in keyed)]
+def _shared_tiles(segments: list[Segment], kv: Tensor) -> tuple[SharedTile, ...]:
+    """Each full block that decode rows read, once for all rows that read it: agents with one
+    system prompt read its keys and values from memory once a step."""
+    readers: dict[tuple[int, int], list[int]] = {}
+    for row, segment in enumerate(segments):
+        for pair in enumerate(segment.block_ids[: _num_full(segment, kv)]):
+            readers.setdefault(pair, []).append(row)
+    by_rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for pair, rows in readers.items():
+        by_rows.setdefault(tuple(rows), []).append(pair)
+    return tuple(
+        SharedTile(rows, _tile(kv, index, block, length, kv.shape[4], 0, None))
+        for rows, pairs in by_rows.items()
+        for index, block, length in _runs(pairs)
+    )
+
+
+def _runs(pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(index, block, length) of the runs in which index and block id grow together by one.
+
+    `pairs` are (index within the context, block id), in order of index.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for index, block in pairs:
+        if runs:
+            first_index, first_block, length = runs[-1]
+            if (index - first_index, block - first_block) == (length, length):
+                runs[-1] = (first_index, first_block, length + 1)
+                continue
+        runs.append((index, block, 1))
+    return runs
 
 
 def _tile(
@@ -181,23 +227,40 @@ def _attend_decode(plan: CpuPlan, layer: int, query: Tensor) -> Tensor:
     num_rows, heads, dim = query.shape
     padded, outs, lses, groups = plan.queries, plan.outs, plan.lses, plan.groups
     padded[:, :, :groups] = query.view(num_rows, -1, groups, dim)
+    width = padded.shape[2]
     for row, segment in enumerate(plan.decode):
-        one = padded[row : row + 1]
         for tile in segment.tiles:
-            mask = None if tile.mask is None else tile.mask[:1].expand(one.shape[2], -1)
-            rows = one.expand(tile.num_tiles, -1, -1, -1)
-            out, lse = _flash(
-                rows, tile.keys[layer], tile.values[layer], 0.0, False, attn_mask=mask
-            )
-            into = slice(tile.index, tile.index + tile.num_tiles)
-            outs[into, row, :, :, :dim] = out
-            lses[into, row] = lse
+            mask = None if tile.mask is None else tile.mask[:1].expand(width, -1)
+            out, lse = _flash_tile(tile, layer, padded[row : row + 1], mask)
+            outs[tile.index : tile.index + 1, row, :, :, :dim] = out
+            lses[tile.index : tile.index + 1, row] = lse
+    for shared in plan.shared:
+        tile, rows = shared.tile, list(shared.rows)
+        # [1, kv_heads, rows * width, dim]: the rows' queries side by side
+        together = padded[rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        out, lse = _flash_tile(tile, layer, together, None)
+        into = slice(tile.index, tile.index + tile.num_tiles)
+        shape = (tile.num_tiles, padded.shape[1], len(rows), width)
+        outs[into, rows, :, :, :dim] = out.view(*shape, dim).transpose(1, 2)
+        lses[into, rows] = lse.view(shape).transpose(1, 2)
+    return _merge_decode(outs, lses, groups).view(num_rows, heads, dim)
+
+
+def _flash_tile(tile: Tile, layer: int, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """rows [1, kv_heads, rows, dim] -> out [tiles, kv_heads, rows, dim], lse [tiles, ...]."""
+    rows = rows.expand(tile.num_tiles, -1, -1, -1)
+    out, lse = _flash(rows, tile.keys[layer], tile.values[layer], 0.0, False, attn_mask=mask)
+    return out, lse
+
+
+def _merge_decode(outs: Tensor, lses: Tensor, groups: int) -> Tensor:
+    """outs [tiles, rows, kv_heads, padded groups, dim + 1] -> [rows, kv_heads, groups, dim]."""
     weights = torch.exp(lses - lses.amax(0))
     total, *others = (outs * weights.unsqueeze(-1)).unbind(0)
     for other in others:
         total.add_(other)
     total = total[:, :, :groups]
-    return (total[..., :dim] / total[..., dim:]).view(num_rows, heads, dim)
+    return total[..., :-1] / total[..., -1:]
 
 
 def _attend_chunk(plan: SegmentPlan, layer: int, query: Tensor, groups: int) -> Tensor:

@@ -11,27 +11,47 @@ float32 0.031 instead of 0.003).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 DIGIT = 256  # the high digit's weight
-LARGEST = 127 * DIGIT  # of an activation, in units of its row's scale
+HALF_DIGIT = DIGIT // 2
+LARGEST = 127 * DIGIT  # of an activation, in units of its row's peak
 TINY = 1e-30  # keeps the scale of an all-zero row finite
-HALF = torch.tensor(float(DIGIT // 2))
+GRAIN_SIZE = 32768  # elements from which torch uses threads
+_LARGEST = torch.tensor(float(LARGEST))
 
 
 def split_digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, in] -> (digits int8 [2, rows, in], peak [rows, 1]).
+    """x [rows, in] -> (digits int8 [2 * rows, in], low ones first; peak [rows, 1]).
 
-    `x ~ peak / LARGEST * (256 * digits[1] + digits[0])`, within peak / LARGEST / 2.
+    `x ~ peak / LARGEST * (256 * high + low)`, within peak / LARGEST / 2.
     """
+    if x.numel() < GRAIN_SIZE:
+        digits, peaks = _split_few(x.numpy())
+        return torch.from_numpy(digits), torch.from_numpy(peaks)
     peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+    whole = (x * torch.div(_LARGEST, peak)).round_().to(torch.int16)
     # Adding half a digit and flipping the low byte's top bit makes both bytes signed digits.
-    whole = torch.addcmul(HALF, x, LARGEST / peak).round_().to(torch.int16).bitwise_xor_(DIGIT // 2)
-    bytes_ = whole.view(torch.int8).view(*x.shape, 2)  # little-endian: the low digit first
-    return bytes_.permute(2, 0, 1).contiguous(), peak
+    whole.add_(HALF_DIGIT).bitwise_xor_(HALF_DIGIT)
+    pairs = whole.view(torch.int8).view(*x.shape, 2)  # little-endian: the low digit first
+    return pairs.permute(2, 0, 1).flatten(0, 1), peak
+
+
+def _split_few(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The same arithmetic with numpy, whose calls cost less where torch would use one thread
+    anyway (one row of 576: 10 us instead of 27)."""
+    peak = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(TINY))
+    scaled = x * (np.float32(LARGEST) / peak)
+    whole = np.rint(scaled, out=scaled).astype(np.int16)
+    whole += HALF_DIGIT
+    whole ^= HALF_DIGIT
+    pairs = whole.view(np.int8).reshape(*x.shape, 2)
+    return pairs.transpose(2, 0, 1).reshape(-1, x.shape[1]), peak
 
 
 @frozen
@@ -53,7 +73,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         digits, peak = split_digits(x)
-        low, high = torch._int_mm(digits.flatten(0, 1), self.weight).float().chunk(2)
+        low, high = torch._int_mm(digits, self.weight).float().chunk(2)
         out = low.add_(high, alpha=DIGIT).mul_(self.scale).mul_(peak)
         return out if self.bias is None else out.add_(self.bias)
 
