@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -17,7 +17,8 @@ from agentrt.types import Message
 if TYPE_CHECKING:
     from agentrt.grammar import Constraint, GrammarCompiler
     from agentrt.template import ChatTemplate
-    from agentrt.tokenizer import IncrementalDecoder, Tokenizer
+    from agentrt.output import TextDecoder
+    from agentrt.tokenizer import Tokenizer
     from agentrt.tools import ToolSet
 
 # Templates of the Hermes family render tools and read calls in the format that we constrain to.
@@ -27,7 +28,7 @@ HERMES_MARK = "<tool_call>"
 class NoText:
     """The decoder of a model without a tokenizer: token ids only."""
 
-    def push(self, ids: Sequence[int]) -> str:
+    def push(self, ids: Iterable[int]) -> str:
         return ""
 
     def flush(self) -> str:
@@ -45,7 +46,7 @@ class Chat:
     _compiler: GrammarCompiler | None = field(default=None, init=False)
     _building: anyio.Lock = field(factory=anyio.Lock, init=False)
 
-    def decoder(self) -> IncrementalDecoder | NoText:
+    def decoder(self) -> TextDecoder:
         return NoText() if self.tokenizer is None else self.tokenizer.stream()
 
     async def constraint(self, grammar: str | None) -> Constraint | None:

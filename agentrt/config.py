@@ -13,7 +13,7 @@ from agentrt.errors import ConfigError
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
 BLOCK_TOKENS = {"cpu": 256, "cuda": 16}
-STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 def default_cache_dir() -> Path:
@@ -42,7 +42,7 @@ def _choice(*names: str) -> Any:
 
 
 def _count(low: int) -> Any:
-    return _checked(optional([instance_of(int), ge(low)]))  # type: ignore[list-item]
+    return _checked(optional([instance_of(int), ge(low)]))
 
 
 @frozen(kw_only=True)

@@ -18,10 +18,11 @@ from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.errors import EngineClosed, Overloaded, PromptTooLong, RequestInvalid
 from agentrt.metrics import Stats
 from agentrt.output import OutputText
-from agentrt.request import Request
+from agentrt.request import Request, check_options, prompt_array
 from agentrt.session import Session
 from agentrt.stream import TokenStream
-from agentrt.types import Completion, GenerateOptions, StreamEvent
+from agentrt.token_log import INLINE_CHARACTERS, check_text
+from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,22 +65,37 @@ class Engine:
         return f"<Engine {self.model!r} running={stats.running} waiting={stats.waiting}>"
 
     async def __aenter__(self) -> Self:
-        from agentrt.engine_parts import open_parts  # loads torch: not at import of agentrt
-
         if self._parts is not None:
             raise RequestInvalid("this engine is open already")
         event_loop = asyncio.get_running_loop()
-        abandoned = threading.Event()
+        abandoned, handing_over = threading.Event(), threading.Lock()
+        opened: list[EngineParts] = []
+
+        def open_in_thread() -> None:
+            parts = self._open_parts(event_loop, abandoned)
+            with handing_over:
+                opened.append(parts)
+                if abandoned.is_set():
+                    parts.loop.close()
+
         try:
-            parts = await anyio.to_thread.run_sync(
-                lambda: open_parts(self.model, self.config, self._progress, event_loop, abandoned),
-                abandon_on_cancel=True,
-            )
+            await anyio.to_thread.run_sync(open_in_thread, abandon_on_cancel=True)
         except BaseException:
-            abandoned.set()  # a load that goes on in its thread frees what it made
+            with handing_over:  # a load that goes on in its thread frees what it made
+                abandoned.set()
+                for parts in opened:
+                    parts.loop.close()
             raise
-        self._parts = parts
+        self._parts = opened[0]
         return self
+
+    def _open_parts(
+        self, event_loop: asyncio.AbstractEventLoop, abandoned: threading.Event
+    ) -> EngineParts:
+        """Runs in a worker thread. Tests override it, to put a fake device below."""
+        from agentrt.engine_parts import open_parts  # loads torch: not at import of agentrt
+
+        return open_parts(self.model, self.config, self._progress, event_loop, abandoned)
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
@@ -104,8 +120,12 @@ class Engine:
         Raises RequestInvalid, PromptTooLong, Overloaded, EngineClosed or EngineFailed.
         """
         options = options or GenerateOptions()
-        streams = [await self._submit(prompt, one) for one in _samples(options)]
+        ids = await self._prompt_ids(prompt)
+        streams: list[TokenStream] = []
         try:
+            for one in _samples(options):
+                stream = await self._submit(ids, one)
+                streams.append(stream)
             first, *others = [await stream.collect() for stream in streams]
         finally:
             for stream in streams:
@@ -124,7 +144,7 @@ class Engine:
         options = options or GenerateOptions()
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
-        stream = await self._submit(prompt, options)
+        stream = await self._submit(await self._prompt_ids(prompt), options)
         try:
             async for event in stream:
                 yield event
@@ -138,10 +158,17 @@ class Engine:
         tools: Sequence[Any] = (),
         options: GenerateOptions | None = None,
         max_steps: int = 16,
+        tool_choice: ToolChoice = "auto",
     ) -> Session:
         """A conversation with tools; use it as an async context manager (see Session)."""
         return Session(
-            self, self._open.chat, system=system, tools=tools, options=options, max_steps=max_steps
+            self,
+            self._open.chat,
+            system=system,
+            tools=tools,
+            options=options,
+            max_steps=max_steps,
+            tool_choice=tool_choice,
         )
 
     async def forget(self, token_ids: Sequence[int], *, keep_tokens: int = 0) -> int:
@@ -185,9 +212,9 @@ class Engine:
 
     # ---- submission
 
-    async def _submit(self, prompt: Prompt, options: GenerateOptions) -> TokenStream:
+    async def _submit(self, ids: NDArray[np.int32], options: GenerateOptions) -> TokenStream:
         parts = self._open
-        ids = self._prompt_ids(prompt)
+        check_options(options, parts.spec.vocab_size)
         total_tokens = self._admissible_tokens(len(ids), options)
         constraint = await parts.chat.constraint(options.grammar)
         if self._parts is None:
@@ -222,21 +249,15 @@ class Engine:
         loop.submit(request)
         return stream
 
-    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
-        if isinstance(prompt, bytes | bytearray):
-            raise RequestInvalid("prompt must be str or token ids, got bytes: decode it as UTF-8")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if len(ids) == 0:
-            raise RequestInvalid("the prompt is empty: give at least one token")
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise RequestInvalid(f"token ids must be a flat sequence of int, got {array.dtype}")
+    async def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
         vocab_size = self._open.spec.vocab_size
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestInvalid(f"token id {wrong} is outside the vocabulary [0, {vocab_size})")
-        return array.astype(np.int32)
+        if not isinstance(prompt, str | bytes | bytearray):
+            return prompt_array(prompt, vocab_size)
+        check_text(prompt)
+        encode = self.tokenizer.encode
+        if len(prompt) <= INLINE_CHARACTERS:
+            return prompt_array(encode(prompt), vocab_size)
+        return prompt_array(await anyio.to_thread.run_sync(encode, prompt), vocab_size)
 
     def _admissible_tokens(self, num_prompt_tokens: int, options: GenerateOptions) -> int:
         """Prompt plus output, within the context; raises where it can never be served."""

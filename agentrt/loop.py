@@ -8,15 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from attrs import define, field
 
-from agentrt.errors import AgentrtError, EngineClosed, EngineFailed
+from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.request import Request, State
 from agentrt.runner import Runner
-from agentrt.sampler import sample
+from agentrt.sampler import Sampled, sample
 from agentrt.scheduler import Plan, Scheduler, Work
 from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
 
@@ -119,10 +120,9 @@ class Loop:
         with self._lock:
             while not self._inbox and not self._live and not self._closed:
                 self._lock.wait()
-            commands, self._inbox = self._inbox, deque()
             closed = self._closed
-        for command in commands:
-            command()
+        while self._inbox:  # one at a time: should one fail, `_end` finds the others
+            self._inbox.popleft()()
         self._flush()
         return not closed
 
@@ -131,9 +131,11 @@ class Loop:
         with self._lock:
             self._closed = True
             self._failure = cause
-            commands, self._inbox = self._inbox, deque()
-        for command in commands:
-            command()
+        while self._inbox:
+            # After a failure the scheduler may be in any state: a cancel that trips over it must
+            # not keep the others from hearing. Its own request is told below.
+            with suppress(Exception):
+                self._inbox.popleft()()
         for request in list(self._live.values()):
             error: AgentrtError = EngineClosed("the engine was closed while the request ran")
             if cause is not None:
@@ -169,8 +171,8 @@ class Loop:
         self.counters.forward_s += now - forward
         for work in plan.work:
             self.scheduler.computed(work, now)
-        for work, (token_id, logprob) in zip(batch.sampling, sampled, strict=True):
-            self._take(work.request, token_id, logprob, now)
+        for work, result in zip(batch.sampling, sampled, strict=True):
+            self._take(work.request, result, now)
         self._flush()
         self.counters.step_s += self.clock() - begin
 
@@ -190,17 +192,28 @@ class Loop:
                 counters.prompt_tokens += request.num_prompt_tokens
                 counters.cached_tokens += request.cached_tokens
 
-    def _take(
+    def _take(self, request: Request, result: Sampled, now: float) -> None:
+        """A token came, or an error that is this request's alone: tell the caller."""
+        try:
+            if isinstance(result, RequestInvalid):
+                raise result
+            self._take_token(request, *result, now)
+        except RequestInvalid as exc:
+            self.scheduler.finish(request, now)
+            del self._live[request.id]
+            self._events.append((request.sink, exc))
+
+    def _take_token(
         self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float
     ) -> None:
-        """A token came: note it, tell the caller, and end the request if this was the last."""
+        """Note a token, and end the request if it was the last."""
+        if request.constraint is not None:
+            request.constraint.accept(token_id)
         if request.first_token_s is None:
             request.first_token_s = now
         request.append(token_id)
         if logprob is not None:
             request.logprobs.append(logprob)
-        if request.constraint is not None:
-            request.constraint.accept(token_id)
         reason = request.limit_reached(token_id)
         is_control = reason == "stop" and (
             token_id in request.eos_token_ids or token_id in request.options.stop_token_ids

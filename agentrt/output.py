@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Protocol
 
 from attrs import define, field
 
-if TYPE_CHECKING:
-    from agentrt.tokenizer import IncrementalDecoder
+
+class TextDecoder(Protocol):
+    """Token ids to text, as far as it is certain."""
+
+    def push(self, ids: Iterable[int]) -> str: ...
+
+    def flush(self) -> str: ...
 
 
 @define
@@ -18,7 +24,7 @@ class OutputText:
     the pieces join to the decoded output, cut at the first stop string.
     """
 
-    decoder: IncrementalDecoder
+    decoder: TextDecoder
     stops: tuple[str, ...]
     _held: str = field(default="", init=False)
     _pieces: list[str] = field(factory=list, init=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from attrs import define, field
 
+from agentrt.errors import RequestInvalid
 from agentrt.types import FinishReason, GenerateOptions, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -19,6 +20,44 @@ if TYPE_CHECKING:
     from agentrt.output import OutputText
 
 TokenArray = "NDArray[np.int32]"
+
+
+def prompt_array(ids: Any, vocab_size: int) -> NDArray[np.int32]:
+    """Token ids from a caller, checked. Raises RequestInvalid."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as exc:  # rows of different lengths
+        raise RequestInvalid(f"token ids must be a flat sequence of int: {exc}") from exc
+    if array.size == 0:
+        raise RequestInvalid("the prompt is empty: give at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestInvalid(
+            f"token ids must be a flat sequence of int, got {array.dtype}, {array.ndim} dimensions"
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise RequestInvalid(f"token id {wrong} is outside the vocabulary [0, {vocab_size})")
+    return array.astype(np.int32)
+
+
+def check_options(options: GenerateOptions, vocab_size: int) -> None:
+    """Raise RequestInvalid for what only a model's vocabulary can tell: one request's mistake must
+    not reach the step thread, which serves all."""
+    for token_id, bias in options.logit_bias.items():
+        if token_id >= vocab_size or bias == float("inf"):
+            raise RequestInvalid(
+                f"logit_bias {{{token_id}: {bias}}}: the id must be below {vocab_size}, the bias "
+                "below infinity"
+            )
+    if options.top_logprobs is not None and options.top_logprobs > vocab_size:
+        raise RequestInvalid(
+            f"top_logprobs={options.top_logprobs} is more than the vocabulary's {vocab_size}"
+        )
+    if not isinstance(options.grammar, str | None):
+        raise RequestInvalid(
+            f"grammar must be a text that agentrt.grammar made, got {options.grammar!r}"
+        )
 
 
 class State(enum.Enum):
@@ -44,7 +83,7 @@ class Request:
     namespace: str
     sink: Callable[[Any], None]  # takes this request's events, on the step thread
     text: OutputText
-    tokens: NDArray[np.int32]  # [prompt + max_tokens]
+    tokens: NDArray[np.int32]  # [prompt + the most output that fits]
     num_prompt_tokens: int
     eos_token_ids: frozenset[int]
     constraint: Constraint | None = None
@@ -67,7 +106,7 @@ class Request:
     @property
     def max_total_tokens(self) -> int:
         """Tokens of prompt and output when it runs to its limit."""
-        return self.num_prompt_tokens + self.options.max_tokens
+        return len(self.tokens)
 
     @property
     def known(self) -> NDArray[np.int32]:
@@ -97,7 +136,7 @@ class Request:
             return "stop"
         if self.constraint is not None and self.constraint.is_finished:
             return "stop"
-        if self.num_output_tokens >= options.max_tokens:
+        if self.num_tokens >= self.max_total_tokens:
             return "length"
         return None
 

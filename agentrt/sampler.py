@@ -9,18 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentrt.errors import RequestInvalid
 from agentrt.types import GenerateOptions, TokenLogprob
 
 if TYPE_CHECKING:
     from agentrt.request import Request
 
 NEVER = float("-inf")
+# Below it a draw is greedy in float32 anyway, and the division would overflow.
+MIN_TEMPERATURE = 1e-5
+
+Sampled = tuple[int, TokenLogprob | None] | RequestInvalid
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, TokenLogprob | None]]:
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
     """One token a row of logits [rows, vocab] (changed in place), with its log-probability where
-    the request asks for it.
+    the request asks for it; or the error that ends this request alone.
 
     Log-probabilities are those of the distribution after penalties, bias and grammar, before
     temperature and the top-k, top-p and min-p filters.
@@ -28,7 +33,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, Token
     plain = [is_plain(request) for request in requests]
     if all(plain):
         return [(int(token), None) for token in logits.argmax(-1).tolist()]
-    return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
+    return [_try_row(row, request) for row, request in zip(logits, requests, strict=True)]
 
 
 def is_plain(request: Request) -> bool:
@@ -51,6 +56,13 @@ def has_penalties(options: GenerateOptions) -> bool:
     )
 
 
+def _try_row(row: Tensor, request: Request) -> Sampled:
+    try:
+        return _sample_row(row, request)
+    except RequestInvalid as exc:  # a grammar's error is one too
+        return exc
+
+
 def _sample_row(row: Tensor, request: Request) -> tuple[int, TokenLogprob | None]:
     options = request.options
     _penalise(row, request)
@@ -58,6 +70,10 @@ def _sample_row(row: Tensor, request: Request) -> tuple[int, TokenLogprob | None
         row[token] += bias
     if request.constraint is not None:
         row.masked_fill_(~allowed_tokens(request, row.shape[0]).to(row.device), NEVER)
+    if not row.max().isfinite():
+        raise RequestInvalid(
+            "no token can be sampled: logit_bias, penalties and grammar leave none that is finite"
+        )
     token = int(row.argmax()) if options.temperature == 0 else _draw(row, request)
     if options.top_logprobs is None:
         return token, None
@@ -101,12 +117,15 @@ def filter_logits(scores: Tensor, options: GenerateOptions) -> Tensor:
     if options.top_p < 1:
         ordered, order = scores.softmax(-1).sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        scores = scores.index_fill(0, order[before >= options.top_p], NEVER)
+        gone = before >= options.top_p
+        gone[0] = False  # a tiny top_p is 0 in float32
+        scores = scores.index_fill(0, order[gone], NEVER)
     return scores
 
 
 def _draw(row: Tensor, request: Request) -> int:
-    scores = filter_logits(row / request.options.temperature, request.options)
+    temperature = max(request.options.temperature, MIN_TEMPERATURE)
+    scores = filter_logits((row - row.max()) / temperature, request.options)
     if request.rng is None:
         request.rng = torch.Generator(device=row.device)
         seed = request.options.seed

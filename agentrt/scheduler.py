@@ -206,7 +206,7 @@ class Scheduler:
             )
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:  # type: ignore[type-arg]
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common prefix of two token arrays."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])

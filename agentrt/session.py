@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import anyio
+import anyio.to_thread
 from attrs import evolve
 
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
 from agentrt.grammar import tool_calls as tool_call_grammar
-from agentrt.token_log import TokenLog
+from agentrt.token_log import INLINE_CHARACTERS, TokenLog, check_text
 from agentrt.tool_prompt import CallScanner
 from agentrt.tools import ToolSet, run_tool
 from agentrt.types import (
@@ -26,6 +27,7 @@ from agentrt.types import (
     TextDelta,
     ToolCall,
     ToolCallArguments,
+    ToolChoice,
     ToolResult,
     TurnFinished,
     TurnReason,
@@ -41,6 +43,9 @@ class Session:
 
     Made by `Engine.session`. Owns `messages` and the log. One turn runs at a time (SessionBusy).
     A turn that fails or is cancelled is taken back: the log is as it was before it.
+
+    With `tool_choice="required"` a turn begins with at least one tool call; after the results the
+    model is free again, so that it can answer.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Session:
         tools: Sequence[Any],
         options: GenerateOptions | None,
         max_steps: int,
+        tool_choice: ToolChoice,
     ) -> None:
         if max_steps < 1:
             raise RequestInvalid(f"max_steps must be at least 1, got {max_steps}")
@@ -61,9 +67,12 @@ class Session:
         self._chat = chat
         self.tools = ToolSet(tools)
         self.max_steps = max_steps
-        self.options = self._turn_options(options or GenerateOptions())
+        self.options = options or GenerateOptions()
+        self.tool_choice = tool_choice
+        self._check_options()
         self.messages: list[Message] = []
         if system is not None:
+            check_text(system)
             self.messages.append(Message(role="system", content=system))
         self._log = TokenLog(chat.tokenizer)
         self._num_calls = 0
@@ -84,36 +93,44 @@ class Session:
         """The token log: all that the model has read or written, as it was."""
         return tuple(self._log.ids)
 
-    async def run(self, text: str) -> Reply:
-        """Send a user message and go through the whole tool loop.
+    async def run(self, text: str, *, tool_choice: ToolChoice | None = None) -> Reply:
+        """Send a user message and go through the whole tool loop. `tool_choice` is for this turn.
 
         Raises SessionBusy while another turn runs, and what `Engine.generate` raises.
         """
         steps: list[Step] = []
         end: TurnFinished | None = None
-        async for event in self._turn(text, steps):
+        async for event in self._turn(text, steps, tool_choice):
             if isinstance(event, TurnFinished):
                 end = event
         assert end is not None
         return Reply(text=end.text, finish_reason=end.finish_reason, steps=tuple(steps))
 
-    async def stream(self, text: str) -> AsyncGenerator[SessionEvent]:
+    async def stream(
+        self, text: str, *, tool_choice: ToolChoice | None = None
+    ) -> AsyncGenerator[SessionEvent]:
         """The same, as events: TextDelta, ToolCallStarted, ToolCallArguments, ToolResult, and
         TurnFinished last. Leaving the iterator cancels the turn."""
-        async with aclosing(self._turn(text, [])) as events:
+        async with aclosing(self._turn(text, [], tool_choice)) as events:
             async for event in events:
                 yield event
 
     async def fork(self, num: int) -> list[Session]:
         """Sessions that go on from here on their own. No KV is copied until they differ."""
         self._refuse_busy()
+        if num < 1:
+            raise RequestInvalid(f"fork makes at least 1 session, got {num}")
         return [self._copy() for _ in range(num)]
 
     async def erase(self) -> None:
         """Forget the conversation, and drop its KV wherever no other session shares it."""
         self._refuse_busy()
-        if self._log.ids:
-            await self._engine.forget(self._log.ids)
+        self._busy = True
+        try:
+            if self._log.ids:
+                await self._engine.forget(self._log.ids)
+        finally:
+            self._busy = False
         self.messages.clear()
         assert self._chat.tokenizer is not None
         self._log = TokenLog(self._chat.tokenizer)
@@ -126,20 +143,32 @@ class Session:
             tools=tuple(self.tools),
             options=self.options,
             max_steps=self.max_steps,
+            tool_choice=self.tool_choice,
         )
         twin.messages = list(self.messages)
         twin._log = self._log.copy()
         twin._num_calls = self._num_calls
         return twin
 
-    def _turn_options(self, options: GenerateOptions) -> GenerateOptions:
-        if options.n != 1:
+    def _check_options(self) -> None:
+        if self.options.n != 1:
             raise RequestInvalid("n must be 1 in a session: fork it to sample several answers")
-        if self.tools and options.grammar is not None:
+        if self.tools and self.options.grammar is not None:
             raise RequestInvalid("a session with tools has a grammar of its own: leave grammar out")
+        self._check_choice(self.tool_choice)
+
+    def _check_choice(self, choice: ToolChoice) -> None:
+        if choice not in get_args(ToolChoice):
+            raise RequestInvalid(f"tool_choice is 'auto' or 'required', got {choice!r}")
+        if choice == "required" and not self.tools:
+            raise RequestInvalid("tool_choice='required' needs a session with tools")
+
+    def _step_options(self, choice: ToolChoice) -> GenerateOptions:
+        """The options of one generation: with tools, the grammar of one that may or must call."""
         if not self.tools:
-            return options
-        return evolve(options, grammar=tool_call_grammar(self.tools, required=False, parallel=True))
+            return self.options
+        grammar = tool_call_grammar(self.tools, required=choice == "required", parallel=True)
+        return evolve(self.options, grammar=grammar)
 
     def _refuse_busy(self) -> None:
         if self._closed:
@@ -147,30 +176,36 @@ class Session:
         if self._busy:
             raise SessionBusy("the session runs a turn already: await it, or fork the session")
 
-    async def _turn(self, text: str, steps: list[Step]) -> AsyncGenerator[SessionEvent]:
+    async def _turn(
+        self, text: str, steps: list[Step], tool_choice: ToolChoice | None
+    ) -> AsyncGenerator[SessionEvent]:
         self._refuse_busy()
-        if not isinstance(text, str):
-            raise RequestInvalid(f"a message is text, got {type(text).__name__}")
+        choice = self.tool_choice if tool_choice is None else tool_choice
+        self._check_choice(choice)
+        check_text(text)
         before = list(self.messages), self._log.copy(), self._num_calls
-        self._busy = True
+        self._busy, complete = True, False
         try:
             self.messages.append(Message(role="user", content=text))
-            async with aclosing(self._steps(steps)) as events:
+            async with aclosing(self._steps(steps, choice)) as events:
                 async for event in events:
+                    complete = isinstance(event, TurnFinished)
                     yield event
         except BaseException:
-            self.messages, self._log, self._num_calls = before
+            if not complete:  # leaving at the last event leaves a whole turn
+                self.messages, self._log, self._num_calls = before
             raise
         finally:
             self._busy = False
 
-    async def _steps(self, steps: list[Step]) -> AsyncGenerator[SessionEvent]:
+    async def _steps(self, steps: list[Step], choice: ToolChoice) -> AsyncGenerator[SessionEvent]:
         """Generate, run the tools that were called, and again, until no tool is called."""
         while True:
-            self._log.update(self._chat.render(self.messages, self.tools))
+            await self._render()
             calls: list[ToolCall] = []
             completion: Completion | None = None
-            async with aclosing(self._generate()) as events:
+            options = self._step_options("auto" if steps else choice)
+            async with aclosing(self._generate(options)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
                         completion = event.completion
@@ -188,10 +223,18 @@ class Session:
                 yield TurnFinished(completion.text, _reason(completion, calls), len(steps))
                 return
 
-    async def _generate(self) -> AsyncGenerator[SessionEvent | Finished]:
+    async def _render(self) -> None:
+        """Bring the log up to the messages; long new text is encoded in a worker thread."""
+        rendered, log = self._chat.render(self.messages, self.tools), self._log
+        if len(rendered) - len(log.text) <= INLINE_CHARACTERS:
+            log.update(rendered)
+        else:
+            await anyio.to_thread.run_sync(log.update, rendered)
+
+    async def _generate(self, options: GenerateOptions) -> AsyncGenerator[SessionEvent | Finished]:
         """One generation: its text without tool calls, its tool calls, and Finished last."""
         scanner = CallScanner(f"call_{self._num_calls}_")
-        stream = self._engine.stream(tuple(self._log.ids), self.options)
+        stream = self._engine.stream(tuple(self._log.ids), options)
         async with aclosing(stream) as events:
             async for event in events:
                 ids = event.token_ids if isinstance(event, TextDelta) else ()

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field
 
+from agentrt.errors import RequestInvalid
+
 if TYPE_CHECKING:
     from agentrt.tokenizer import Tokenizer
 
 # Noncharacters of Unicode: they mark special-token text that came from outside the template.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Text up to this length takes about 2 ms to encode; more must not hold the event loop up.
+INLINE_CHARACTERS = 4096
 _GUARDED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
 
 def guard(text: str, special_tokens: Iterable[str]) -> str:
-    """Mark every special token's text inside a message, so that it is encoded as text."""
+    """Mark every special token's text inside a message, so that it is encoded as text.
+
+    The marks themselves become U+FFFD: in a message they could end or join marked parts.
+    """
+    text = text.replace(_OPEN, "\ufffd").replace(_CLOSE, "\ufffd")
     present = [token for token in special_tokens if token in text]
     if not present:
         return text
     pattern = "|".join(re.escape(token) for token in sorted(present, key=len, reverse=True))
     return re.sub(pattern, lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text)
+
+
+def check_text(text: object) -> None:
+    """Raise RequestInvalid for what no tokenizer takes: another type, or lone surrogates."""
+    if not isinstance(text, str):
+        raise RequestInvalid(f"text must be str, got {type(text).__name__}: decode bytes as UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestInvalid(f"the text is not valid Unicode: {exc}") from exc
 
 
 def encode_guarded(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -51,7 +68,9 @@ class TokenLog:
     def update(self, rendered: str) -> None:
         """Make the log stand for `rendered`, keeping every token of the common beginning."""
         if not rendered.startswith(self.text):
-            self._cut(len(os.path.commonprefix([rendered, self.text])))
+            from agentrt.template import stable_prefix  # loads jinja2: not at import of a session
+
+            self._cut(stable_prefix(rendered, self.text))
             self.rewrites += 1
         new = rendered[len(self.text) :]
         if new:

@@ -14,6 +14,7 @@ from agentrt.errors import RequestInvalid
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Role = Literal["system", "user", "assistant", "tool"]
 TierName = Literal["device", "host", "disk"]
+ToolChoice = Literal["auto", "required"]
 TurnReason = Literal["stop", "length", "max_steps"]
 
 

@@ -30,7 +30,14 @@ class Segment:
 
 
 class AttentionPlan(Protocol):
-    """What an implementation prepares once a step for all layers (see `Ops.plan_attention`)."""
+    """The attention of one step: all that does not depend on the layer's values is done."""
+
+    def append_kv(self, layer: int, key_value: Tensor) -> None:
+        """Write the rows' own key_value [rows, 2, kv_heads, dim] into the pool."""
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        """Causal attention of query [rows, heads, dim] over each row's own context, to which the
+        rows' own keys and values were appended before. Returns [rows, heads, dim]."""
 
 
 class Linear(Protocol):
@@ -43,7 +50,9 @@ class Linear(Protocol):
 class Ops(Protocol):
     """Every operation on the device. Rows are tokens of the whole batch, flattened."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `Engine.stats()` calls it."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Prepare a [out, in] matrix for `Linear.__call__`; the argument may be freed after."""
@@ -61,15 +70,6 @@ class Ops(Protocol):
     def plan_attention(
         self, segments: tuple[Segment, ...], kv: Tensor, num_heads: int
     ) -> AttentionPlan:
-        """Everything about one step's attention that does not depend on the layer's values.
-
-        kv [layers, 2, blocks, kv_heads, block_tokens, dim] is the pool of keys and values.
-        Segments of one row must come first.
+        """Prepare one step. kv [layers, 2, blocks, kv_heads, block_tokens, dim] is the pool of
+        keys and values. Segments of one row must come first.
         """
-
-    def append_kv(self, plan: AttentionPlan, layer: int, key_value: Tensor) -> None:
-        """Write the rows' own key_value [rows, 2, kv_heads, dim] into the pool."""
-
-    def attend(self, plan: AttentionPlan, layer: int, query: Tensor) -> Tensor:
-        """Causal attention of query [rows, heads, dim] over each row's own context, to which the
-        rows' own keys and values were appended before. Returns [rows, heads, dim]."""

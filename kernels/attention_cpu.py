@@ -17,7 +17,7 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor
 
 from agentrt.kernels import Segment
@@ -70,7 +70,9 @@ class SegmentPlan:
 
 @frozen
 class CpuPlan:
-    """Decode rows (segments of one row) come first in the batch and are merged together.
+    """See `agentrt.kernels.AttentionPlan`.
+
+    Decode rows (segments of one row) come first in the batch and are merged together.
 
     `outs` and `lses` are scratch of the decode rows, used anew by every layer: a row writes the
     same tiles each time, and what it never writes keeps lse -inf. `outs[..., dim]` is 1, so that
@@ -83,7 +85,24 @@ class CpuPlan:
     queries: Tensor  # scratch [decode rows, kv_heads, groups padded to MIN_ROWS, dim]
     outs: Tensor  # scratch [tiles, decode rows, kv_heads, padded groups, dim + 1]
     lses: Tensor  # scratch [tiles, decode rows, kv_heads, padded groups]
-    groups: int = field()
+    groups: int
+
+    def append_kv(self, layer: int, key_value: Tensor) -> None:
+        by_head = key_value.permute(1, 2, 0, 3)
+        for segment in (*self.decode, *self.chunks):
+            for rows, places in segment.targets:
+                places[layer].copy_(by_head[:, :, rows])
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        num_decode = len(self.decode)
+        if not self.chunks:
+            return _attend_decode(self, layer, query)
+        out = query.new_empty(query.shape)
+        if num_decode:
+            out[:num_decode] = _attend_decode(self, layer, query[:num_decode])
+        for chunk in self.chunks:
+            out[chunk.rows] = _attend_chunk(chunk, layer, query[chunk.rows], self.groups)
+        return out
 
 
 def plan_attention(segments: tuple[Segment, ...], kv: Tensor, num_heads: int) -> CpuPlan:
@@ -200,28 +219,6 @@ def _targets(segment: Segment, kv: Tensor) -> tuple[tuple[slice, tuple[Tensor, .
     return tuple(targets)
 
 
-def append_kv(plan: CpuPlan, layer: int, key_value: Tensor) -> None:
-    """Write key_value [rows, 2, kv_heads, dim] to the rows' places."""
-    by_head = key_value.permute(1, 2, 0, 3)
-    for segments in (plan.decode, plan.chunks):
-        for segment in segments:
-            for rows, places in segment.targets:
-                places[layer].copy_(by_head[:, :, rows])
-
-
-def attend(plan: CpuPlan, layer: int, query: Tensor) -> Tensor:
-    """query [rows, heads, dim] -> the same, each row over its own context."""
-    decode = _attend_decode(plan, layer, query[: len(plan.decode)]) if plan.decode else None
-    if not plan.chunks and decode is not None:
-        return decode
-    out = query.new_empty(query.shape)
-    if decode is not None:
-        out[: len(plan.decode)] = decode
-    for chunk in plan.chunks:
-        out[chunk.rows] = _attend_chunk(chunk, layer, query[chunk.rows], plan.groups)
-    return out
-
-
 def _attend_decode(plan: CpuPlan, layer: int, query: Tensor) -> Tensor:
     """One row a request: the query heads of a KV head are the rows of its products."""
     num_rows, heads, dim = query.shape
@@ -260,7 +257,8 @@ def _merge_decode(outs: Tensor, lses: Tensor, groups: int) -> Tensor:
     for other in others:
         total.add_(other)
     total = total[:, :, :groups]
-    return total[..., :-1] / total[..., -1:]
+    merged: Tensor = total[..., :-1] / total[..., -1:]
+    return merged
 
 
 def _attend_chunk(plan: SegmentPlan, layer: int, query: Tensor, groups: int) -> Tensor:

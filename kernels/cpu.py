@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,7 +16,11 @@ from agentrt.kernels.linear_cpu import Int8Linear, TiledLinear
 from agentrt.kernels.reference import DenseLinear
 
 LinearKind = Literal["dense", "tiled", "int8"]
-_LINEARS = {"dense": DenseLinear, "tiled": TiledLinear, "int8": Int8Linear.pack}
+_PACK: dict[LinearKind, Callable[[Tensor, Tensor | None], Linear]] = {
+    "dense": DenseLinear,
+    "tiled": TiledLinear,
+    "int8": Int8Linear.pack,
+}
 
 
 @frozen
@@ -29,7 +34,8 @@ class CpuOps:
         return f"cpu-{self.linear_kind}"
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _LINEARS[self.linear_kind](weight, bias)
+        pack = _PACK[self.linear_kind]
+        return pack(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -46,9 +52,3 @@ class CpuOps:
 
     def plan_attention(self, segments: tuple[Segment, ...], kv: Tensor, num_heads: int) -> CpuPlan:
         return attention_cpu.plan_attention(segments, kv, num_heads)
-
-    def append_kv(self, plan: CpuPlan, layer: int, key_value: Tensor) -> None:
-        attention_cpu.append_kv(plan, layer, key_value)
-
-    def attend(self, plan: CpuPlan, layer: int, query: Tensor) -> Tensor:
-        return attention_cpu.attend(plan, layer, query)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIGIT = 256  # the high digit's weight
-HALF_DIGIT = DIGIT // 2
 LARGEST = 127 * DIGIT  # of an activation, in units of its row's peak
 TINY = 1e-30  # keeps the scale of an all-zero row finite
 GRAIN_SIZE = 32768  # elements from which torch uses threads
@@ -32,14 +31,15 @@ def split_digits(x: Tensor) -> tuple[Tensor, Tensor]:
     `x ~ peak / LARGEST * (256 * high + low)`, within peak / LARGEST / 2.
     """
     if x.numel() < GRAIN_SIZE:
-        digits, peaks = _split_few(x.numpy())
-        return torch.from_numpy(digits), torch.from_numpy(peaks)
+        few, few_peaks = _split_few(x.numpy())
+        return torch.from_numpy(few), torch.from_numpy(few_peaks)
     peak = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
     whole = (x * torch.div(_LARGEST, peak)).round_().to(torch.int16)
-    # Adding half a digit and flipping the low byte's top bit makes both bytes signed digits.
-    whole.add_(HALF_DIGIT).bitwise_xor_(HALF_DIGIT)
-    pairs = whole.view(torch.int8).view(*x.shape, 2)  # little-endian: the low digit first
-    return pairs.permute(2, 0, 1).flatten(0, 1), peak
+    digits = torch.empty(2 * x.shape[0], x.shape[1], dtype=torch.int8)
+    low, high = digits.chunk(2)
+    low.copy_(whole)  # the low byte, read as signed: the high digit makes up for that
+    high.copy_(whole.add_(DIGIT // 2).bitwise_right_shift_(8))
+    return digits, peak
 
 
 def _split_few(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -48,10 +48,12 @@ def _split_few(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.flo
     peak = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(TINY))
     scaled = x * (np.float32(LARGEST) / peak)
     whole = np.rint(scaled, out=scaled).astype(np.int16)
-    whole += HALF_DIGIT
-    whole ^= HALF_DIGIT
-    pairs = whole.view(np.int8).reshape(*x.shape, 2)
-    return pairs.transpose(2, 0, 1).reshape(-1, x.shape[1]), peak
+    digits = np.empty((2, *x.shape), dtype=np.int8)
+    digits[0] = whole
+    whole += DIGIT // 2
+    whole >>= 8
+    digits[1] = whole
+    return digits.reshape(-1, x.shape[1]), peak
 
 
 @frozen
@@ -90,5 +92,5 @@ class TiledLinear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -rows % self.TILE_ROWS))
-        tiles = [F.linear(tile, self.weight, self.bias) for tile in padded.split(self.TILE_ROWS)]
-        return torch.cat(tiles)[:rows]
+        tiles = torch.split(padded, self.TILE_ROWS)
+        return torch.cat([F.linear(t, self.weight, self.bias) for t in tiles])[:rows]

@@ -15,12 +15,23 @@ from agentrt.kernels import Segment
 
 @frozen
 class ReferencePlan:
-    """The pool, and where each row's key goes."""
+    """See `agentrt.kernels.AttentionPlan`."""
 
     segments: tuple[Segment, ...]
     kv: Tensor
     blocks: Tensor  # [rows] block of each row
     offsets: Tensor  # [rows] place within the block
+
+    def append_kv(self, layer: int, key_value: Tensor) -> None:
+        for cache, new in zip(self.kv[layer], key_value.unbind(1), strict=True):
+            cache[self.blocks, :, self.offsets] = new
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        out = query.new_empty(query.shape)
+        for segment in self.segments:
+            rows = slice(segment.first_row, segment.first_row + segment.num_rows)
+            out[rows] = attend_segment(query[rows], self.kv[layer], segment)
+        return out
 
 
 def row_slots(segments: tuple[Segment, ...], block_tokens: int) -> Iterator[tuple[int, int]]:
@@ -70,17 +81,6 @@ class ReferenceOps:
         slots = torch.tensor(list(row_slots(segments, kv.shape[4])), device=self.device)
         return ReferencePlan(segments, kv, slots[:, 0], slots[:, 1])
 
-    def append_kv(self, plan: ReferencePlan, layer: int, key_value: Tensor) -> None:
-        for cache, new in zip(plan.kv[layer], key_value.unbind(1), strict=True):
-            cache[plan.blocks, :, plan.offsets] = new
-
-    def attend(self, plan: ReferencePlan, layer: int, query: Tensor) -> Tensor:
-        out = query.new_empty(query.shape)
-        for segment in plan.segments:
-            rows = slice(segment.first_row, segment.first_row + segment.num_rows)
-            out[rows] = attend_segment(query[rows], plan.kv[layer], segment)
-        return out
-
 
 def attend_segment(query: Tensor, kv: Tensor, segment: Segment) -> Tensor:
     """query [rows, heads, dim] of one segment over kv [2, blocks, kv_heads, block_tokens, dim]."""
@@ -93,4 +93,5 @@ def attend_segment(query: Tensor, kv: Tensor, segment: Segment) -> Tensor:
     positions = torch.arange(segment.start_position, end, device=query.device)
     hidden = torch.arange(end, device=query.device)[None, :] > positions[:, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return (weights @ value).transpose(0, 1).to(query.dtype)
+    out: Tensor = weights @ value
+    return out.transpose(0, 1).to(query.dtype)

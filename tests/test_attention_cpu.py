@@ -34,7 +34,7 @@ def run(
             names.append((seed, position))
     with torch.inference_mode():
         plan = attention_cpu.plan_attention(tuple(segments), kv, HEADS)
-        out = attention_cpu.attend(plan, 0, torch.stack(queries))
+        out = plan.attend(0, torch.stack(queries))
     return dict(zip(names, out, strict=True))
 
 
@@ -124,7 +124,7 @@ def test_append_kv_writes_the_rows_own_places() -> None:
     segments = segments_of([(5, 1, (3, 2)), (2, 4, (1, 0))])
     new = torch.arange(5 * 2 * KV_HEADS * DIM, dtype=torch.float32).view(5, 2, KV_HEADS, DIM)
     plan = attention_cpu.plan_attention(tuple(segments), kv, HEADS)
-    attention_cpu.append_kv(plan, 1, new)
+    plan.append_kv(1, new)
     for row, (block, offset) in enumerate([(2, 1), (1, 2), (1, 3), (0, 0), (0, 1)]):
         assert torch.equal(kv[1, :, block, :, offset], new[row])
         before[1, :, block, :, offset] = new[row]

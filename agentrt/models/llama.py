@@ -102,8 +102,8 @@ class LlamaModel:
         for index, layer in enumerate(self.layers):
             x = ops.rms_norm(hidden, layer.attention_norm, eps)
             query, key_value = self._heads(layer, x, rotation)
-            ops.append_kv(plan, index, key_value)
-            hidden += layer.output(ops.attend(plan, index, query).flatten(1))
+            plan.append_kv(index, key_value)
+            hidden += layer.output(plan.attend(index, query).flatten(1))
             x = ops.rms_norm(hidden, layer.mlp_norm, eps)
             hidden += layer.down(ops.silu_mul(layer.gate_up(x)))
         outputs = ops.rms_norm(hidden[output_rows], self.norm, eps)

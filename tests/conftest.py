@@ -1,0 +1,45 @@
+"""Every async test runs on two kinds of event loop, and agentrt must block neither."""
+
+import asyncio
+import sys
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+from fakes import TEMPLATE, byte_tokenizer
+
+import agentrt
+import agentrt.cache
+from agentrt.template import ChatTemplate
+
+
+def debug_loop() -> asyncio.AbstractEventLoop:
+    """A loop that finds more: debug checks, and eager tasks where Python has them (3.12)."""
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 10.0  # seconds; a busy machine is no error
+    if sys.version_info >= (3, 12):
+        loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item):
+    return {"default": asyncio.new_event_loop, "debug": debug_loop}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blockbuster() -> Iterator[BlockBuster]:
+    """A blocking call below agentrt's own code on an event loop raises BlockingError."""
+    with blockbuster_ctx([agentrt, agentrt.cache]) as active:
+        yield active
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A real tokenizer without merges: a token a byte, and the tokens that mark turns."""
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def template() -> ChatTemplate:
+    return ChatTemplate(TEMPLATE)
