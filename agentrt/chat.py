@@ -16,8 +16,8 @@ from agentrt.types import Message
 
 if TYPE_CHECKING:
     from agentrt.grammar import Constraint, GrammarCompiler
-    from agentrt.template import ChatTemplate
     from agentrt.output import TextDecoder
+    from agentrt.template import ChatTemplate
     from agentrt.tokenizer import Tokenizer
     from agentrt.tools import ToolSet
 

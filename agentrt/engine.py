@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio.to_thread
@@ -20,6 +21,7 @@ from agentrt.metrics import Stats
 from agentrt.output import OutputText
 from agentrt.request import Request, check_options, prompt_array
 from agentrt.session import Session
+from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
 from agentrt.token_log import INLINE_CHARACTERS, check_text
 from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
@@ -67,32 +69,20 @@ class Engine:
     async def __aenter__(self) -> Self:
         if self._parts is not None:
             raise RequestInvalid("this engine is open already")
-        event_loop = asyncio.get_running_loop()
-        abandoned, handing_over = threading.Event(), threading.Lock()
-        opened: list[EngineParts] = []
-
-        def open_in_thread() -> None:
-            parts = self._open_parts(event_loop, abandoned)
-            with handing_over:
-                opened.append(parts)
-                if abandoned.is_set():
-                    parts.loop.close()
-
+        event_loop, abandoned = asyncio.get_running_loop(), threading.Event()
+        opening = open_on_step_thread(lambda: self._open_parts(event_loop, abandoned))
         try:
-            await anyio.to_thread.run_sync(open_in_thread, abandon_on_cancel=True)
+            self._parts = await asyncio.wrap_future(opening)
         except BaseException:
-            with handing_over:  # a load that goes on in its thread frees what it made
-                abandoned.set()
-                for parts in opened:
-                    parts.loop.close()
+            abandoned.set()  # a load that still goes on in its thread frees what it made
+            opening.add_done_callback(_close_parts)
             raise
-        self._parts = opened[0]
         return self
 
     def _open_parts(
         self, event_loop: asyncio.AbstractEventLoop, abandoned: threading.Event
     ) -> EngineParts:
-        """Runs in a worker thread. Tests override it, to put a fake device below."""
+        """Runs on the step thread. Tests override it, to put a fake device below."""
         from agentrt.engine_parts import open_parts  # loads torch: not at import of agentrt
 
         return open_parts(self.model, self.config, self._progress, event_loop, abandoned)
@@ -253,11 +243,10 @@ class Engine:
         vocab_size = self._open.spec.vocab_size
         if not isinstance(prompt, str | bytes | bytearray):
             return prompt_array(prompt, vocab_size)
-        check_text(prompt)
-        encode = self.tokenizer.encode
-        if len(prompt) <= INLINE_CHARACTERS:
-            return prompt_array(encode(prompt), vocab_size)
-        return prompt_array(await anyio.to_thread.run_sync(encode, prompt), vocab_size)
+        text, encode = check_text(prompt), self.tokenizer.encode
+        if len(text) <= INLINE_CHARACTERS:
+            return prompt_array(encode(text), vocab_size)
+        return prompt_array(await anyio.to_thread.run_sync(encode, text), vocab_size)
 
     def _admissible_tokens(self, num_prompt_tokens: int, options: GenerateOptions) -> int:
         """Prompt plus output, within the context; raises where it can never be served."""
@@ -282,6 +271,12 @@ class Engine:
                 f"({resolved.max_waiting})"
             )
         return total_tokens
+
+
+def _close_parts(opening: Future[EngineParts]) -> None:
+    """Close what an abandoned opening made, if it made anything."""
+    if opening.exception() is None:
+        opening.result().loop.close()
 
 
 def _samples(options: GenerateOptions) -> list[GenerateOptions]:

@@ -73,7 +73,7 @@ def open_parts(
     event_loop: asyncio.AbstractEventLoop,
     abandoned: threading.Event,
 ) -> EngineParts:
-    """Find, load and start. Blocks for seconds: call it in a thread."""
+    """Find and load. Blocks for seconds: called on the thread that will run the steps."""
 
     def report(stage: str) -> Callable[[int, int], None]:
         def count(done: int, total: int) -> None:
@@ -94,7 +94,6 @@ def open_parts(
     loop = Loop(Scheduler(resolved, cache), runner, poster(event_loop))
     chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
     report("starting")(1, 1)
-    loop.start()
     return EngineParts(
         loop=loop,
         chat=chat,

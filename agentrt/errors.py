@@ -4,14 +4,14 @@ AgentrtError
 ├── ConfigError (ValueError)        change the named EngineConfig or GenerateOptions field
 ├── ModelError (ValueError)
 │   ├── ModelNotFound               give a path, a registered name, or reach the registry once
-│   ├── ModelUnsupported            the architecture or an option in its config is not implemented
-│   └── WeightsInvalid              the file is truncated, corrupt, or its tensors do not fit the config
+│   ├── ModelUnsupported            the architecture or an option of its config is missing here
+│   └── WeightsInvalid              the file is truncated or corrupt, or does not fit its config
 ├── RequestInvalid (ValueError)     mend the request; the message names the argument
 │   ├── PromptTooLong               shorten the prompt, or raise the limit that the message names
 │   ├── TemplateError               the chat template refused the messages
 │   └── GrammarInvalid              the schema or grammar cannot be compiled
 ├── ToolInvalid (TypeError)         the function cannot be a tool; the message names the parameter
-├── Overloaded (RuntimeError)       wait for running requests, or raise the limit that the message names
+├── Overloaded (RuntimeError)       wait, or raise the limit that the message names
 ├── SessionBusy (RuntimeError)      one turn at a time: await the running one, or fork the session
 ├── EngineClosed (RuntimeError)     open a new engine
 ├── EngineFailed (RuntimeError)     the step thread died; `__cause__` says why

@@ -90,6 +90,11 @@ def tool_calls(tools: ToolSet, *, required: bool = False, parallel: bool = True)
     )
 
 
+def text_without_calls() -> str:
+    """The grammar of a turn that answers in plain text, where tools could be called otherwise."""
+    return f"start: TEXT\nTEXT: /{_text_without(OPEN_TAG)}/\n"
+
+
 def _call_schema(tool: Tool) -> dict[str, Any]:
     properties = {"name": {"const": tool.name}, "arguments": _bounded(tool.parameters)}
     return {

@@ -48,8 +48,14 @@ class Loop:
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
+        """Run the steps on a new thread."""
         self._thread = threading.Thread(target=self._main, name="agentrt-step", daemon=True)
         self._thread.start()
+
+    def adopt_thread(self) -> Callable[[], None]:
+        """Make the current thread the step thread: it must call what this returns."""
+        self._thread = threading.current_thread()
+        return self._main
 
     # ---- called from any thread
 
@@ -168,13 +174,16 @@ class Loop:
             sample(logits, [work.request for work in batch.sampling]) if batch.sampling else []
         )
         now = self.clock()
-        self.counters.forward_s += now - forward
         for work in plan.work:
             self.scheduler.computed(work, now)
         for work, result in zip(batch.sampling, sampled, strict=True):
             self._take(work.request, result, now)
+        # Both at once, and before a caller hears of the step: its `stats()` must add up.
+        end = self.clock()
+        self.counters.forward_s += now - forward
+        self.counters.step_s += end - begin
         self._flush()
-        self.counters.step_s += self.clock() - begin
+        self.counters.step_s += self.clock() - end
 
     def _count(self, plan: Plan) -> None:
         counters = self.counters

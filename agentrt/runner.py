@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor
@@ -30,7 +32,8 @@ class Runner(Protocol):
 @define
 class ModelRunner:
     """Owns the KV pool [layers, 2, blocks, kv_heads, block_tokens, dim]. Only the step thread calls
-    `run`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0 and must be finite."""
+    `run`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0, so must be finite.
+    """
 
     model: Model
     compute: Compute
@@ -48,7 +51,12 @@ class ModelRunner:
             config.block_tokens,
             spec.head_dim,
         )
-        return torch.zeros(shape, dtype=self.compute.dtype, device=self.compute.device)
+        dtype, device = self.compute.dtype, self.compute.device
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # calloc: the system hands out zeroed pages when they are first written
+        pool = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(pool).view(dtype).view(shape)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> tuple[Batch, Tensor]:

@@ -12,6 +12,7 @@ import anyio.to_thread
 from attrs import evolve
 
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
+from agentrt.grammar import text_without_calls
 from agentrt.grammar import tool_calls as tool_call_grammar
 from agentrt.token_log import INLINE_CHARACTERS, TokenLog, check_text
 from agentrt.tool_prompt import CallScanner
@@ -45,7 +46,8 @@ class Session:
     A turn that fails or is cancelled is taken back: the log is as it was before it.
 
     With `tool_choice="required"` a turn begins with at least one tool call; after the results the
-    model is free again, so that it can answer.
+    model is free again, so that it can answer. With "once" a turn is exactly one call and then an
+    answer in text: small models call again and again if they may.
     """
 
     def __init__(
@@ -159,15 +161,18 @@ class Session:
 
     def _check_choice(self, choice: ToolChoice) -> None:
         if choice not in get_args(ToolChoice):
-            raise RequestInvalid(f"tool_choice is 'auto' or 'required', got {choice!r}")
-        if choice == "required" and not self.tools:
-            raise RequestInvalid("tool_choice='required' needs a session with tools")
+            raise RequestInvalid(f"tool_choice is 'auto', 'required' or 'once', got {choice!r}")
+        if choice != "auto" and not self.tools:
+            raise RequestInvalid(f"tool_choice={choice!r} needs a session with tools")
 
-    def _step_options(self, choice: ToolChoice) -> GenerateOptions:
+    def _step_options(self, choice: ToolChoice, *, first: bool) -> GenerateOptions:
         """The options of one generation: with tools, the grammar of one that may or must call."""
         if not self.tools:
             return self.options
-        grammar = tool_call_grammar(self.tools, required=choice == "required", parallel=True)
+        if choice == "once" and not first:
+            return evolve(self.options, grammar=text_without_calls())
+        required, parallel = first and choice != "auto", choice != "once"
+        grammar = tool_call_grammar(self.tools, required=required, parallel=parallel)
         return evolve(self.options, grammar=grammar)
 
     def _refuse_busy(self) -> None:
@@ -204,7 +209,7 @@ class Session:
             await self._render()
             calls: list[ToolCall] = []
             completion: Completion | None = None
-            options = self._step_options("auto" if steps else choice)
+            options = self._step_options(choice, first=not steps)
             async with aclosing(self._generate(options)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
@@ -237,11 +242,12 @@ class Session:
         stream = self._engine.stream(tuple(self._log.ids), options)
         async with aclosing(stream) as events:
             async for event in events:
-                ids = event.token_ids if isinstance(event, TextDelta) else ()
                 last = isinstance(event, Finished)
-                for part in scanner.flush() if last else scanner.push(event.text):
+                ids = () if isinstance(event, Finished) else event.token_ids
+                text = "" if isinstance(event, Finished) else event.text
+                for part in scanner.flush() if last else scanner.push(text):
                     yield TextDelta(part, ids) if isinstance(part, str) else part
-                if isinstance(event, Finished):
+                if last:
                     yield event
 
     def _note(self, completion: Completion, num_calls: int) -> None:

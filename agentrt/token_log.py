@@ -33,14 +33,15 @@ def guard(text: str, special_tokens: Iterable[str]) -> str:
     return re.sub(pattern, lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text)
 
 
-def check_text(text: object) -> None:
-    """Raise RequestInvalid for what no tokenizer takes: another type, or lone surrogates."""
+def check_text(text: object) -> str:
+    """The text; RequestInvalid for what no tokenizer takes: another type, or lone surrogates."""
     if not isinstance(text, str):
         raise RequestInvalid(f"text must be str, got {type(text).__name__}: decode bytes as UTF-8")
     try:
         text.encode()
     except UnicodeEncodeError as exc:
         raise RequestInvalid(f"the text is not valid Unicode: {exc}") from exc
+    return text
 
 
 def encode_guarded(text: str, tokenizer: Tokenizer) -> list[int]:

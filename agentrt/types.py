@@ -14,7 +14,7 @@ from agentrt.errors import RequestInvalid
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Role = Literal["system", "user", "assistant", "tool"]
 TierName = Literal["device", "host", "disk"]
-ToolChoice = Literal["auto", "required"]
+ToolChoice = Literal["auto", "required", "once"]
 TurnReason = Literal["stop", "length", "max_steps"]
 
 
@@ -202,7 +202,7 @@ class ToolResult:
 
 @frozen
 class TurnFinished:
-    """The last event of `Session.stream`: the model answered without calling a tool, or hit a limit."""
+    """The last event of `Session.stream`: the model answered without a call, or hit a limit."""
 
     text: str
     finish_reason: TurnReason

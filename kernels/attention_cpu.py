@@ -297,4 +297,5 @@ def _merge_chunk(parts: list[tuple[slice, Tensor]], lses: Tensor, num_rows: int)
             total[kept] += part
             divisor[kept] += weight[kept]
     assert total is not None
-    return total / divisor
+    merged: Tensor = total / divisor
+    return merged

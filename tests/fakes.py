@@ -107,7 +107,7 @@ class FakeRunner:
 
     A prefix is read back through the lease's blocks; logits are a hash of all of it, so that a
     wrong block, a missing copy or a slot that was never computed changes the output, and it is an
-    error at once. `script` maps a request's number of output tokens to the next token instead.
+    error at once. Where `script` gives a request's next token, that one comes instead.
     """
 
     num_blocks: int
@@ -234,7 +234,6 @@ class FakeEngine(Engine):
         if self._checked:
             self.runner.before_step = scheduler.check
         loop = Loop(scheduler, self.runner, poster(event_loop))
-        loop.start()
         return EngineParts(
             loop=loop,
             chat=self.chat,
@@ -260,7 +259,7 @@ class FakeEngine(Engine):
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread does. The test's own time limit ends a wait in vain."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - what other threads do sets no asyncio.Event
         await asyncio.sleep(0.0005)
 
 
@@ -326,7 +325,7 @@ def byte_tokenizer(folder: Path) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
     made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(special)
     made.save(str(folder / "tokenizer.json"))

@@ -246,7 +246,7 @@ def test_ids_beyond_the_grammars_vocabulary_are_forbidden():
 
 
 def test_a_row_without_any_token_left_is_that_requests_error():
-    nothing = {token: -math.inf for token in range(3)}
+    nothing = dict.fromkeys(range(3), -math.inf)
     for temperature in (0.0, 1.0):
         bad = request_with(logit_bias=nothing, temperature=temperature)
         results = draw([[0.0, 1.0, 2.0]] * 2, [bad, request_with()])
