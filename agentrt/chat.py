@@ -49,6 +49,14 @@ class Chat:
     def decoder(self) -> TextDecoder:
         return NoText() if self.tokenizer is None else self.tokenizer.stream()
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some tokens; without a tokenizer, their ids."""
+        ids = [int(token) for token in ids]
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        stream = self.tokenizer.stream()
+        return stream.push(ids) + stream.flush()
+
     async def constraint(self, grammar: str | None) -> Constraint | None:
         """Compile a grammar in a worker thread. Raises GrammarInvalid."""
         if grammar is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,10 @@ from attrs.validators import ge, in_, instance_of, optional
 from agentrt.errors import ConfigError
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
+HOST_SHARE_OF_FREE_MEMORY = 0.3
+DISK_SHARE = 0.1  # of the free space where the cache folder lies
+MOST_DISK_BYTES = 8 << 30
+LEAST_DISK_BYTES = 256 << 20
 BLOCK_TOKENS = {"cpu": 256, "cuda": 16}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
@@ -50,10 +55,12 @@ class EngineConfig:
     """How an engine runs. None means: chosen from the machine and the model.
 
     `weights="auto"` never drops precision that the file has. `device_kv_bytes` is the KV pool;
-    `block_tokens` its unit (on a CPU also the tile of attention). `step_tokens` bounds the work of
-    one step: decode rows first, then prefill chunks. `deterministic` makes float products
-    independent of the batch too (int8 ones are anyway). `random_weights` runs a folder that holds
-    config.json alone, for benchmarks. `max_waiting` bounds the queue (Overloaded beyond it).
+    `block_tokens` its unit. `host_kv_bytes` and `disk_kv_bytes` are the tiers below it; 0 switches
+    one off. By default a CPU has no host tier, as its pool is host memory already.
+    `eviction="lru"` is there to be compared with. `step_tokens` bounds the work of one step: decode
+    rows first, then prefill chunks. `deterministic` makes float products independent of the batch
+    too (int8 ones are anyway). `random_weights` runs a folder that holds config.json alone, for
+    benchmarks. `max_waiting` bounds the queue (Overloaded beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """
@@ -69,6 +76,9 @@ class EngineConfig:
     )
     cache_dir: Path = field(default=None, converter=_cache_dir)
     device_kv_bytes: int | None = field(default=None, validator=_count(1))
+    host_kv_bytes: int | None = field(default=None, validator=_count(0))
+    disk_kv_bytes: int | None = field(default=None, validator=_count(0))
+    eviction: Literal["worth", "lru"] = field(default="worth", validator=_choice("worth", "lru"))
     block_tokens: int | None = field(default=None, validator=_count(1))
     max_context_tokens: int | None = field(default=None, validator=_count(2))
     max_batch: int = field(default=64, validator=_count(1))
@@ -98,7 +108,10 @@ class EngineConfig:
                 f"device_kv_bytes={pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes "
                 f"({block_tokens} tokens): raise it to {2 * block_bytes} or lower block_tokens"
             )
+        host_bytes, disk_bytes = self._lower_bytes(device)
         return ResolvedConfig(
+            host_kv_bytes=host_bytes,
+            disk_kv_bytes=disk_bytes,
             block_tokens=block_tokens,
             num_blocks=num_blocks,
             kv_token_bytes=kv_token_bytes,
@@ -108,11 +121,27 @@ class EngineConfig:
             step_tokens=max(self.step_tokens or STEP_TOKENS[device], self.max_batch),
         )
 
+    def _lower_bytes(self, device: str) -> tuple[int, int]:
+        """The budgets of the host and the disk tier."""
+        host_bytes = self.host_kv_bytes
+        if host_bytes is None:
+            share = HOST_SHARE_OF_FREE_MEMORY if device == "cuda" else 0.0
+            host_bytes = int(share * free_memory_bytes())
+        disk_bytes = self.disk_kv_bytes
+        if disk_bytes is None:
+            disk_bytes = min(MOST_DISK_BYTES, int(DISK_SHARE * free_disk_bytes(self.cache_dir)))
+            # Random weights are for measuring: they would leave rubbish behind.
+            if disk_bytes < LEAST_DISK_BYTES or self.random_weights:
+                disk_bytes = 0
+        return host_bytes, disk_bytes
+
 
 @frozen(kw_only=True)
 class ResolvedConfig:
     """What the scheduler and the runner work with: every number known."""
 
+    host_kv_bytes: int
+    disk_kv_bytes: int
     block_tokens: int
     num_blocks: int
     kv_token_bytes: int
@@ -125,6 +154,13 @@ class ResolvedConfig:
     def pool_tokens(self) -> int:
         """Tokens that the KV pool holds."""
         return self.num_blocks * self.block_tokens
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What is free where `folder` is or will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def free_memory_bytes() -> int:

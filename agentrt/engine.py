@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio.to_thread
@@ -17,10 +18,12 @@ from attrs import evolve
 
 from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.errors import EngineClosed, Overloaded, PromptTooLong, RequestInvalid
+from agentrt.explain import MAX_ADMISSIONS, Explanation, explain
 from agentrt.metrics import Stats
 from agentrt.output import OutputText
 from agentrt.request import Request, check_options, prompt_array
 from agentrt.session import Session
+from agentrt.session_store import SessionFile, SessionStore
 from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
 from agentrt.token_log import INLINE_CHARACTERS, check_text
@@ -29,12 +32,13 @@ from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from agentrt.cache import SessionState
     from agentrt.engine_parts import EngineParts
     from agentrt.grammar import Constraint
-    from agentrt.loop import Loop
     from agentrt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+SESSIONS_FOLDER = "sessions"
 
 
 class Engine:
@@ -59,6 +63,7 @@ class Engine:
         self._progress = progress
         self._parts: EngineParts | None = None
         self._numbers = itertools.count()
+        self._open_sessions: set[str] = set()
 
     def __repr__(self) -> str:
         if self._parts is None:
@@ -125,16 +130,22 @@ class Engine:
         return evolve(first, others=tuple(others))
 
     async def stream(
-        self, prompt: Prompt, options: GenerateOptions | None = None
+        self,
+        prompt: Prompt,
+        options: GenerateOptions | None = None,
+        *,
+        is_rewritten: bool = False,
     ) -> AsyncGenerator[StreamEvent]:
         """TextDelta events as tokens come, then Finished. Leaving the iterator cancels.
 
+        `is_rewritten` says that the prompt rewrites what an earlier one had: `explain` tells so.
         Raises as `generate` does; `options.n` must be 1.
         """
         options = options or GenerateOptions()
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
-        stream = await self._submit(await self._prompt_ids(prompt), options)
+        ids = await self._prompt_ids(prompt)
+        stream = await self._submit(ids, options, is_rewritten=is_rewritten)
         try:
             async for event in stream:
                 yield event
@@ -149,8 +160,20 @@ class Engine:
         options: GenerateOptions | None = None,
         max_steps: int = 16,
         tool_choice: ToolChoice = "auto",
+        id: str | None = None,
     ) -> Session:
-        """A conversation with tools; use it as an async context manager (see Session)."""
+        """A conversation with tools; use it as an async context manager (see Session).
+
+        One with an `id` is saved after each turn: opened again, also after a restart, it goes on
+        where it was, and its KV comes from the tiers. Its messages are then the saved ones, not
+        `system`. Raises SessionBusy, when entered, if it is open in this engine already.
+        """
+        saved_as = None
+        if id is not None:
+            store = SessionStore(self.config.cache_dir / SESSIONS_FOLDER, self.config.namespace)
+            saved_as = SessionFile(
+                store, id, self._open.fingerprint.model_digest, self._open_sessions
+            )
         return Session(
             self,
             self._open.chat,
@@ -159,17 +182,53 @@ class Engine:
             options=options,
             max_steps=max_steps,
             tool_choice=tool_choice,
+            saved_as=saved_as,
         )
 
-    async def forget(self, token_ids: Sequence[int], *, keep_tokens: int = 0) -> int:
-        """Drop this prefix's KV beyond `keep_tokens` from the cache, where nobody else uses it.
-        Returns the tokens dropped."""
+    async def forget(
+        self, token_ids: Sequence[int], *, keep_tokens: int = 0, erase: bool = False
+    ) -> int:
+        """Drop this prefix's KV beyond `keep_tokens` from every tier, where nobody else uses it.
+        Returns the tokens dropped from the device.
+
+        With `erase` the bytes in host RAM and on disk are overwritten before this returns. Raises
+        TierUnavailable if another process writes the disk tier.
+        """
         ids = np.asarray(token_ids, dtype=np.int32)
-        cache, namespace = self._open.loop.scheduler.cache, self.config.namespace
-        call = self._open.loop.call(
-            lambda: cache.forget(ids, keep_tokens=keep_tokens, namespace=namespace)
-        )
-        return await asyncio.wrap_future(call)
+        scheduler = self._open.loop.scheduler
+
+        def drop() -> int:
+            mover = scheduler.mover
+            if mover is not None:
+                mover.tiers.forget(ids, keep_tokens, erase=erase)
+            return scheduler.cache.forget(
+                ids, keep_tokens=keep_tokens, namespace=self.config.namespace
+            )
+
+        dropped = await asyncio.wrap_future(self._open.loop.call(drop))
+        if erase and scheduler.mover is not None:
+            await anyio.to_thread.run_sync(scheduler.mover.tiers.wait_until_erased)
+        return dropped
+
+    @asynccontextmanager
+    async def pause(self, token_ids: Sequence[int], name: str) -> AsyncGenerator[None]:
+        """Say that whoever owns the log `token_ids` waits for a tool, which takes as long as the
+        block. Its KV may make room meanwhile, and is brought back when tools of that name usually
+        end (`Session.tool_pause` does this for a session)."""
+        loop, ids, number = self._open.loop, np.asarray(token_ids, np.int32), next(self._numbers)
+        pauses = loop.scheduler.pauses
+        loop.tell(lambda: pauses.begin(number, ids, name, loop.clock()))
+        try:
+            yield
+        finally:
+            loop.tell(lambda: pauses.end(number, loop.clock()))
+
+    def mark(self, token_ids: Sequence[int], state: SessionState) -> None:
+        """Tell eviction what whoever owns the log `token_ids` does. Never waits."""
+        if self._parts is None:
+            return
+        loop, ids = self._parts.loop, np.asarray(token_ids, np.int32)
+        loop.tell(lambda: loop.scheduler.pauses.mark(ids, state, loop.clock()))
 
     # ---- state
 
@@ -190,6 +249,20 @@ class Engine:
         """A snapshot of the counters. Never waits."""
         return self._open.stats()
 
+    async def explain(self, request_id: str) -> Explanation:
+        """Where the prefix of a recent request matched, in which tier, the first token that
+        differed, and why. Raises RequestInvalid for an id that is unknown or long gone."""
+        parts = self._open
+        admissions = parts.loop.scheduler.admissions
+        admission = await asyncio.wrap_future(parts.loop.call(lambda: admissions.get(request_id)))
+        if admission is None:
+            raise RequestInvalid(
+                f"request {request_id!r} was never admitted, or is not among the last "
+                f"{MAX_ADMISSIONS}"
+            )
+        elsewhere = parts.elsewhere(admission.token_ids)
+        return explain(request_id, admission, parts.chat.decode, elsewhere)
+
     async def check(self) -> None:
         """Verify every invariant of scheduler and cache, between two steps. Raises CacheCorrupt."""
         await asyncio.wrap_future(self._open.loop.call(self._open.loop.scheduler.check))
@@ -202,24 +275,29 @@ class Engine:
 
     # ---- submission
 
-    async def _submit(self, ids: NDArray[np.int32], options: GenerateOptions) -> TokenStream:
+    async def _submit(
+        self, ids: NDArray[np.int32], options: GenerateOptions, *, is_rewritten: bool = False
+    ) -> TokenStream:
         parts = self._open
         check_options(options, parts.spec.vocab_size)
         total_tokens = self._admissible_tokens(len(ids), options)
         constraint = await parts.chat.constraint(options.grammar)
         if self._parts is None:
             raise EngineClosed("the engine was closed while the request was prepared")
-        return self._enqueue(parts.loop, ids, total_tokens, options, constraint)
+        request, stream = self._request(parts, ids, total_tokens, options, constraint)
+        request.is_rewritten = is_rewritten
+        parts.loop.submit(request)
+        return stream
 
-    def _enqueue(
+    def _request(
         self,
-        loop: Loop,
+        parts: EngineParts,
         ids: NDArray[np.int32],
         total_tokens: int,
         options: GenerateOptions,
         constraint: Constraint | None,
-    ) -> TokenStream:
-        chat = self._open.chat
+    ) -> tuple[Request, TokenStream]:
+        chat, loop = parts.chat, parts.loop
         request_id = f"r{next(self._numbers)}"
         stream = TokenStream(lambda: loop.cancel(request_id))
         tokens = np.zeros(total_tokens, dtype=np.int32)
@@ -236,8 +314,7 @@ class Engine:
             constraint=constraint,
             submitted_s=time.monotonic(),
         )
-        loop.submit(request)
-        return stream
+        return request, stream
 
     async def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
         vocab_size = self._open.spec.vocab_size

@@ -6,22 +6,29 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 from attrs import frozen
 
 from agentrt.cache import PrefixCache
+from agentrt.cache.disk import DiskTier
+from agentrt.cache.keys import Fingerprint, chunk_key, root_key
+from agentrt.cache.node import TokenArray
 from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
+from agentrt.engine_tiers import LRU, OpenTiers, fingerprint_of, open_tiers
 from agentrt.errors import EngineClosed, ModelNotFound
-from agentrt.loop import Loop, poster
+from agentrt.loop import Loop, Sink, poster
 from agentrt.metrics import Stats
 from agentrt.models.base import ModelSpec
 from agentrt.models.load import LoadedModel, load_model
+from agentrt.pauses import Pauses
 from agentrt.registry import locate
-from agentrt.runner import ModelRunner
+from agentrt.runner import ModelRunner, Runner
 from agentrt.scheduler import Scheduler
 from agentrt.template import load_template
 from agentrt.tokenizer import load_tokenizer
+from agentrt.transfer import TransferThread
 
 EngineProgress = Callable[[str, int, int], None]
 
@@ -36,10 +43,25 @@ class EngineParts:
     model_name: str
     kernels: str
     weights: str
+    fingerprint: Fingerprint
+    disk_problem: str | None = None  # why there is no disk tier, though one was wanted
+    disk: DiskTier | None = None
+
+    def elsewhere(self, token_ids: TokenArray) -> Literal["namespace", "new model digest"] | None:
+        """Where else the disk tier has these tokens' beginning: what `explain` may have to tell."""
+        mover = self.loop.scheduler.mover
+        if self.disk is None or mover is None or len(token_ids) < mover.tiers.chunk_tokens:
+            return None
+        for other in (part.fingerprint for part in self.disk.contents()):
+            key = chunk_key(root_key(other), token_ids[: mover.tiers.chunk_tokens])
+            if other != self.fingerprint and self.disk.has(key):
+                same_model = other.model_digest == self.fingerprint.model_digest
+                return "namespace" if same_model else "new model digest"
+        return None
 
     def stats(self) -> Stats:
         scheduler, counters = self.loop.scheduler, self.loop.counters
-        config, cache = scheduler.config, scheduler.cache.stats()
+        config, cache, mover = scheduler.config, scheduler.cache.stats(), scheduler.mover
         block_bytes = config.block_tokens * config.kv_token_bytes
         return Stats(
             model=self.model_name,
@@ -63,6 +85,10 @@ class EngineParts:
             step_s=counters.step_s,
             forward_s=counters.forward_s,
             last_batch_rows=counters.last_batch_rows,
+            loaded_tokens={} if mover is None else dict(mover.loaded_tokens),
+            failed_loads=0 if mover is None else mover.failed_loads,
+            lower=None if mover is None else mover.tiers.stats(),
+            disk_problem=self.disk_problem,
         )
 
 
@@ -90,8 +116,15 @@ def open_parts(
     loaded = load_model(path, config, report("loading"))
     resolved = _resolve(config, loaded)
     runner = ModelRunner(loaded.model, loaded.compute, resolved)
-    cache = PrefixCache(resolved.num_blocks, resolved.block_tokens)
-    loop = Loop(Scheduler(resolved, cache), runner, poster(event_loop))
+    fingerprint = fingerprint_of(config, loaded, resolved.kv_token_bytes)
+    loop, tiers = build_loop(
+        config,
+        resolved,
+        fingerprint,
+        runner,
+        poster(event_loop),
+        device=loaded.compute.device.type,
+    )
     chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
     report("starting")(1, 1)
     return EngineParts(
@@ -99,9 +132,34 @@ def open_parts(
         chat=chat,
         spec=loaded.model.spec,
         model_name=path.name,
-        kernels=loaded.compute.ops.name,
+        kernels=loaded.compute.kernels,
         weights=loaded.compute.weights,
+        disk_problem=tiers.problem,
+        disk=tiers.disk,
+        fingerprint=fingerprint,
     )
+
+
+def build_loop(
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    fingerprint: Fingerprint,
+    runner: Runner,
+    post: Callable[[list[tuple[Sink, Any]]], None],
+    **tiers_options: Any,
+) -> tuple[Loop, OpenTiers]:
+    """The step loop above every tier, and the tiers.
+
+    `tiers_options` are those of `engine_tiers.open_tiers`.
+    """
+    is_lru = config.eviction == "lru"
+    cache = PrefixCache(resolved.num_blocks, resolved.block_tokens, LRU if is_lru else None)
+    tiers = open_tiers(config, resolved, fingerprint, cache, **tiers_options)
+    pauses = Pauses(cache, tiers.mover, config.namespace, marks=not is_lru)
+    loop = Loop(Scheduler(resolved, cache, tiers.mover, pauses), runner, post)
+    if tiers.mover is not None:
+        loop.transfers = TransferThread(runner.copier(), tiers.disk, loop.transferred)
+    return loop, tiers
 
 
 def _resolve(config: EngineConfig, loaded: LoadedModel) -> ResolvedConfig:

@@ -15,6 +15,7 @@ AgentrtError
 ├── SessionBusy (RuntimeError)      one turn at a time: await the running one, or fork the session
 ├── EngineClosed (RuntimeError)     open a new engine
 ├── EngineFailed (RuntimeError)     the step thread died; `__cause__` says why
+├── TierUnavailable (OSError)       do what the message says about the cache folder, or do without
 ├── CacheCorrupt (RuntimeError)     an invariant of the KV cache is broken: a bug, please report it
 └── MissingExtra (ImportError)      install the extra that the message names
 """
@@ -78,6 +79,10 @@ class EngineClosed(AgentrtError, RuntimeError):
 
 class EngineFailed(AgentrtError, RuntimeError):
     """The engine's step thread died; the cause is chained."""
+
+
+class TierUnavailable(AgentrtError, OSError):
+    """A tier of the cache cannot be used here; the engine runs on without it."""
 
 
 class CacheCorrupt(AgentrtError, RuntimeError):

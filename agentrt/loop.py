@@ -15,10 +15,12 @@ from attrs import define, field
 
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
+from agentrt.mover import Job, prefill_cost_tokens
 from agentrt.request import Request, State
 from agentrt.runner import Runner
 from agentrt.sampler import Sampled, sample
 from agentrt.scheduler import Plan, Scheduler, Work
+from agentrt.transfer import TransferThread
 from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Loop:
     post: Callable[[list[tuple[Sink, Any]]], None]  # thread-safe; delivers on the event loop
     clock: Callable[[], float] = time.monotonic
     counters: Counters = field(factory=Counters)
+    transfers: TransferThread | None = None  # where there are tiers below the device
     _inbox: deque[Callable[[], None]] = field(factory=deque, init=False)
     _lock: threading.Condition = field(factory=threading.Condition, init=False)
     _closed: bool = field(default=False, init=False)
@@ -46,6 +49,7 @@ class Loop:
     _live: dict[str, Request] = field(factory=dict, init=False)
     _events: list[tuple[Sink, Any]] = field(factory=list, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
+    _is_idle: bool = field(default=True, init=False)  # nothing can run before a command comes
 
     def start(self) -> None:
         """Run the steps on a new thread."""
@@ -65,10 +69,13 @@ class Loop:
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step. One that has ended already is left alone."""
-        try:
-            self._command(lambda: self._cancel(request_id))
-        except AgentrtError:
-            return  # closed or failed: every request has been ended
+        self.tell(lambda: self._cancel(request_id))
+
+    def tell(self, command: Callable[[], None]) -> None:
+        """Run a command on the step thread, between steps; not at all once the loop has ended,
+        when there is nothing left that it could change."""
+        with suppress(AgentrtError):
+            self._command(command)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the step thread, between steps."""
@@ -123,14 +130,39 @@ class Loop:
 
     def _wait_for_work(self) -> bool:
         """Run the commands that came. False when the engine closes."""
+        mover = self.scheduler.mover
         with self._lock:
-            while not self._inbox and not self._live and not self._closed:
-                self._lock.wait()
+            while self._is_idle and not self._inbox and not self._closed:
+                if not self._lock.wait(self.scheduler.pauses.idle_s(self.clock())):
+                    break
             closed = self._closed
         while self._inbox:  # one at a time: should one fail, `_end` finds the others
             self._inbox.popleft()()
+        self.scheduler.pauses.tick(self.clock())
+        if mover is not None:
+            mover.tiers.poll()
+            self._start_transfers()
         self._flush()
         return not closed
+
+    def _start_transfers(self) -> None:
+        """Hand over what was planned. What must be copied inside the pool was copied before."""
+        if self.scheduler.mover is not None and self.transfers is not None:
+            for job in self.scheduler.mover.drain():
+                self.transfers.submit(job)
+
+    def transferred(self, job: Job, result: dict[str, float] | Exception | None) -> None:
+        """A job has ended; called on the thread that did it, also while the engine closes."""
+
+        def note() -> None:
+            if isinstance(result, Exception):
+                raise result
+            assert self.scheduler.mover is not None
+            self.scheduler.mover.finished(job, result, self.clock())
+
+        with self._lock:
+            self._inbox.append(note)
+            self._lock.notify()
 
     def _end(self, cause: BaseException | None) -> None:
         """Fail whoever still waits: nobody is left hanging."""
@@ -150,7 +182,21 @@ class Loop:
             self._events.append((request.sink, error))
         self._live.clear()
         self._flush()
+        if cause is None:
+            self._end_transfers()
+        elif self.transfers is not None:
+            self.transfers.close()
         self.runner.close()
+
+    def _end_transfers(self) -> None:
+        """Save what finished turns left, so that the next start finds it."""
+        if self.transfers is not None:
+            self._start_transfers()
+            self.transfers.close()
+            while self._inbox:
+                self._inbox.popleft()()
+            assert self.scheduler.mover is not None
+            self.scheduler.mover.tiers.close()
 
     def _accept(self, request: Request) -> None:
         self._live[request.id] = request
@@ -165,7 +211,11 @@ class Loop:
     def _step(self) -> None:
         begin = self.clock()
         plan = self.scheduler.plan(begin)
-        if not plan.work:
+        if plan.copies:
+            self.runner.copy(plan.copies)
+        self._start_transfers()
+        self._is_idle = not plan.work
+        if self._is_idle:
             return
         self._count(plan)
         forward = self.clock()
@@ -174,6 +224,7 @@ class Loop:
             sample(logits, [work.request for work in batch.sampling]) if batch.sampling else []
         )
         now = self.clock()
+        self._note_rate(plan, now - forward)
         for work in plan.work:
             self.scheduler.computed(work, now)
         for work, result in zip(batch.sampling, sampled, strict=True):
@@ -184,6 +235,15 @@ class Loop:
         self.counters.step_s += end - begin
         self._flush()
         self.counters.step_s += self.clock() - end
+
+    def _note_rate(self, plan: Plan, seconds: float) -> None:
+        """Learn what prefill costs from a step that did little else."""
+        mover = self.scheduler.mover
+        if mover is not None:
+            spans = [(w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1]
+            num_tokens = sum(end - start for start, end in spans)
+            if num_tokens > plan.num_rows / 2:
+                mover.rates.note_compute(num_tokens, prefill_cost_tokens(spans), seconds)
 
     def _count(self, plan: Plan) -> None:
         counters = self.counters
@@ -197,7 +257,8 @@ class Loop:
         request, counters = work.request, self.counters
         if request.state is State.PREFILL:
             counters.computed_tokens += work.num_tokens
-            if work.start == request.cached_tokens and request.num_output_tokens == 0:
+            if not request.counted:
+                request.counted = True
                 counters.prompt_tokens += request.num_prompt_tokens
                 counters.cached_tokens += request.cached_tokens
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from attrs import define, frozen
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen
+
+if TYPE_CHECKING:
+    from agentrt.cache.lower import LowerStats
 
 
 @frozen(kw_only=True)
@@ -19,7 +25,7 @@ class Stats:
     preempted: int
     steps: int
     prompt_tokens: int  # of requests that were admitted
-    cached_tokens: int  # prompt tokens that the cache gave
+    cached_tokens: int  # prompt tokens that were on the device
     computed_tokens: int  # prompt tokens that were computed
     output_tokens: int
     evicted_tokens: int
@@ -30,6 +36,10 @@ class Stats:
     step_s: float  # in steps, all together
     forward_s: float  # of that, in the model and the sampler
     last_batch_rows: int
+    loaded_tokens: Mapping[str, int] = field(factory=dict)  # by the tier that they came from
+    failed_loads: int = 0  # computed after all
+    lower: LowerStats | None = None  # of the tiers below the device, if there are any
+    disk_problem: str | None = None  # why there is no disk tier, though one was wanted
 
     @property
     def overhead(self) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import define, field
 
 from agentrt.errors import RequestInvalid
-from agentrt.types import FinishReason, GenerateOptions, TokenLogprob, Usage
+from agentrt.types import FinishReason, GenerateOptions, TierName, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,6 +69,20 @@ class State(enum.Enum):
     FINISHED = "finished"
 
 
+@define(eq=False)
+class Load:
+    """Stored tokens [start, end) of a request, on their way to its blocks."""
+
+    start: int
+    end: int
+    has_ended: bool = False
+    tokens_by_tier: Mapping[TierName, int] | None = None  # what arrived; None if the load failed
+
+    def ended(self, tokens_by_tier: Mapping[TierName, int] | None, now: float) -> None:
+        """All of it is in the blocks, or none of it counts."""
+        self.has_ended, self.tokens_by_tier = True, tokens_by_tier
+
+
 @define(eq=False, kw_only=True)
 class Request:
     """Owned by the step thread from submission to its last event.
@@ -89,12 +103,17 @@ class Request:
     constraint: Constraint | None = None
     submitted_s: float
 
+    is_rewritten: bool = False  # whether its prompt rewrites an earlier one of the same session
+
     state: State = State.WAITING
     num_tokens: int = field()
     num_computed: int = 0
     lease: Lease | None = None
-    cached_tokens: int = 0  # at the first admission
+    load: Load | None = None
+    cached_tokens: int = 0  # found on the device at the first admission
+    loaded_tokens: dict[TierName, int] = field(factory=lambda: {"host": 0, "disk": 0})
     admitted: bool = False
+    counted: bool = False  # whether the counters know of the prompt
     first_token_s: float | None = None
     logprobs: list[TokenLogprob] = field(factory=list)
     rng: Any = None  # the sampler's generator, made at the first draw
@@ -144,7 +163,11 @@ class Request:
         first = now if self.first_token_s is None else self.first_token_s
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            cached_tokens={"device": self.cached_tokens, "host": 0, "disk": 0},
+            cached_tokens={
+                "device": self.cached_tokens,
+                "host": self.loaded_tokens["host"],
+                "disk": self.loaded_tokens["disk"],
+            },
             output_tokens=self.num_output_tokens,
             ttft_s=first - self.submitted_s,
             total_s=now - self.submitted_s,

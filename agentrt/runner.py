@@ -17,13 +17,20 @@ from agentrt.config import ResolvedConfig
 from agentrt.kernels.dispatch import Compute
 from agentrt.models.base import Model
 from agentrt.scheduler import Plan
+from agentrt.transfer import Copier, HostCopier
 
 
 class Runner(Protocol):
     """What the step thread needs of a device (tests put a fake one here)."""
 
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Make copies inside the KV pool, before anything else reads or writes it."""
+
     def run(self, plan: Plan) -> tuple[Batch, Tensor]:
         """Compute a plan. Returns the batch and float32 logits [samples, vocab]."""
+
+    def copier(self) -> Copier:
+        """What moves KV between the pool and the tiers below it."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -60,18 +67,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> tuple[Batch, Tensor]:
-        self._copy(plan.copies)
         batch = build_batch(plan, self.compute.device)
         logits = self.model.forward(
             batch.token_ids, batch.positions, batch.segments, self.kv, batch.output_rows
         )
         return batch, logits
 
-    def _copy(self, copies: Sequence[Copy]) -> None:
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
         for copy in copies:
             self.kv[:, :, copy.target, :, : copy.num_tokens] = self.kv[
                 :, :, copy.source, :, : copy.num_tokens
             ]
+
+    def copier(self) -> Copier:
+        return HostCopier(self.kv.view(torch.uint8).numpy())
 
     def close(self) -> None:
         self.kv = torch.empty(0)

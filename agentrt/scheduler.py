@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from attrs import define, field, frozen
 
+from agentrt.cache.node import num_common
 from agentrt.errors import CacheCorrupt
+from agentrt.explain import SHOWN_TOKENS, Admission, Admissions
+from agentrt.pauses import Pauses
 from agentrt.request import Request, State
 
 if TYPE_CHECKING:
     from agentrt.cache import Copy, PrefixCache
     from agentrt.config import ResolvedConfig
+    from agentrt.mover import Mover
+    from agentrt.types import TierName
 
 # A request that waits one second counts like one whose prefix is longer by this many tokens.
 AGEING_TOKENS_PER_S = 2000.0
@@ -59,9 +63,16 @@ class Scheduler:
 
     config: ResolvedConfig
     cache: PrefixCache
+    mover: Mover | None = None  # where there are tiers below the device
+    pauses: Pauses = field()
     waiting: list[Request] = field(factory=list)
     running: list[Request] = field(factory=list)
     num_preempted: int = 0
+    admissions: Admissions = field(factory=Admissions)
+
+    @pauses.default
+    def _no_pauses(self) -> Pauses:
+        return Pauses(self.cache, self.mover, namespace="")
 
     def submit(self, request: Request) -> None:
         self.waiting.append(request)
@@ -74,8 +85,8 @@ class Scheduler:
         budget = self.config.step_tokens - len(work)
         for request in self.running:
             if request.state is State.PREFILL and budget > 0:
-                work.append(self._chunk(request, budget))
-                budget -= work[-1].num_tokens
+                self._take_load(request, now)
+                budget -= self._add_chunk(work, request, budget)
         for request in self._candidates(now, budget):
             if budget <= 0 or len(self.running) >= self.config.max_batch:
                 break
@@ -85,8 +96,7 @@ class Scheduler:
             if admitted is None:
                 break  # the next in line must not be overtaken for ever by smaller ones
             copies += admitted
-            work.append(self._chunk(request, budget))
-            budget -= work[-1].num_tokens
+            budget -= self._add_chunk(work, request, budget)
         return Plan(tuple(work), tuple(copies))
 
     def computed(self, work: Work, now: float) -> None:
@@ -106,9 +116,26 @@ class Scheduler:
             self._release(request, now)
         request.state = State.FINISHED
 
-    def _chunk(self, request: Request, budget: int) -> Work:
-        left = request.num_tokens - request.num_computed
-        return Work(request, request.num_computed, min(left, budget))
+    def _add_chunk(self, work: list[Work], request: Request, budget: int) -> int:
+        """The next prefill tokens, none of those that are being loaded; how many they are."""
+        end = request.num_tokens if request.load is None else request.load.start
+        num_tokens = min(end - request.num_computed, budget)
+        if num_tokens:
+            work.append(Work(request, request.num_computed, num_tokens))
+        return num_tokens
+
+    def _take_load(self, request: Request, now: float) -> None:
+        """Go on behind what was loaded, once all before it is computed; or compute it after all."""
+        load = request.load
+        if load is None or not load.has_ended:
+            return
+        if load.tokens_by_tier is None:
+            request.load = None
+        elif request.num_computed == load.start:
+            request.load, request.num_computed = None, load.end
+            for tier, num_tokens in load.tokens_by_tier.items():
+                request.loaded_tokens[tier] += num_tokens
+            self._commit(request, now)
 
     def _candidates(self, now: float, budget: int) -> list[Request]:
         """The longest waiting, by resident prefix and age, best first (stable)."""
@@ -127,7 +154,7 @@ class Scheduler:
         for other in self.running:
             if other.state is not State.PREFILL or other.namespace != request.namespace:
                 continue
-            common = common_prefix(request.known, other.known)
+            common = num_common(request.known, other.known)
             usable = min(common, request.num_tokens - 1)
             if usable <= other.num_computed:
                 continue
@@ -146,7 +173,7 @@ class Scheduler:
             namespace=request.namespace,
         )
         if got is None:
-            if not self.running:
+            if not self.running and not (self.mover and self.mover.num_in_flight):
                 raise CacheCorrupt(f"an idle pool cannot hold {request.num_tokens + 1} tokens")
             return None
         request.lease, copies = got
@@ -154,10 +181,31 @@ class Scheduler:
         if not request.admitted:
             request.admitted = True
             request.cached_tokens = request.num_computed
+        if self.mover is not None:
+            request.load = self.mover.load(request.known[:-1], request.lease, now)
+        if not request.counted:
+            self._note_admission(request)
         request.state = State.PREFILL
         self.waiting.remove(request)
         self.running.append(request)
         return list(copies)
+
+    def _note_admission(self, request: Request) -> None:
+        """Keep what `Engine.explain` tells of it."""
+        matched: dict[TierName, int] = {"device": request.num_computed}
+        end = request.num_computed
+        if self.mover is not None and request.load is not None:
+            matched |= self.mover.planned_tokens(request.load)
+            end = request.load.end
+        prompt = request.tokens[: request.num_prompt_tokens].copy()
+        admission = Admission(
+            token_ids=prompt,
+            matched_tokens=matched,
+            other=self.cache.continuation(prompt, request.namespace)[:SHOWN_TOKENS].copy(),
+            was_seen=self.admissions.was_seen(prompt, end),
+            is_rewritten=request.is_rewritten,
+        )
+        self.admissions.note(request.id, admission)
 
     def _make_room(self, now: float) -> None:
         """Extend every decoding request by a token; preempt the youngest while blocks lack.
@@ -177,6 +225,7 @@ class Scheduler:
         self._release(request, now)
         request.state = State.WAITING
         request.num_computed = 0
+        request.load = None
         self.waiting.insert(0, request)
         self.num_preempted += 1
 
@@ -187,6 +236,8 @@ class Scheduler:
     def _release(self, request: Request, now: float) -> None:
         assert request.lease is not None
         self._commit(request, now)
+        if self.mover is not None:
+            self.mover.save(request.lease, request.tokens[: request.num_computed], now)
         self.cache.release(request.lease)
         request.lease = None
         self.running.remove(request)
@@ -194,6 +245,8 @@ class Scheduler:
     def check(self) -> None:
         """Raise CacheCorrupt if an invariant of the queues or the cache does not hold."""
         self.cache.check()
+        if self.mover is not None:
+            self.mover.tiers.check()
         for request in self.waiting:
             if request.state is not State.WAITING or request.lease is not None:
                 raise CacheCorrupt(f"{request.id} waits in state {request.state} with a lease")
@@ -204,10 +257,3 @@ class Scheduler:
             raise CacheCorrupt(
                 f"{len(self.running)} requests run, max_batch is {self.config.max_batch}"
             )
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two token arrays."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import anyio
 import anyio.to_thread
 from attrs import evolve
 
+from agentrt.cache.evict import SessionState
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
 from agentrt.grammar import text_without_calls
 from agentrt.grammar import tool_calls as tool_call_grammar
+from agentrt.session_store import SavedSession, SessionFile
 from agentrt.token_log import INLINE_CHARACTERS, TokenLog, check_text
 from agentrt.tool_prompt import CallScanner
 from agentrt.tools import ToolSet, run_tool
@@ -60,6 +62,7 @@ class Session:
         options: GenerateOptions | None,
         max_steps: int,
         tool_choice: ToolChoice,
+        saved_as: SessionFile | None = None,
     ) -> None:
         if max_steps < 1:
             raise RequestInvalid(f"max_steps must be at least 1, got {max_steps}")
@@ -77,7 +80,9 @@ class Session:
             check_text(system)
             self.messages.append(Message(role="system", content=system))
         self._log = TokenLog(chat.tokenizer)
+        self._file = saved_as
         self._num_calls = 0
+        self._rewrites_seen = 0
         self._busy = False
         self._closed = False
 
@@ -85,10 +90,43 @@ class Session:
         return f"<Session messages={len(self.messages)} tokens={len(self._log.ids)}>"
 
     async def __aenter__(self) -> Self:
+        if self._file is not None:
+            self._file.claim()
+            try:
+                saved = await anyio.to_thread.run_sync(self._file.load)
+                if saved is not None:
+                    self._restore(saved)
+            except BaseException:
+                self._file.release()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
+        if self._file is not None:  # its next opening goes on from here
+            self._file.release()
+            return
+        self._engine.mark(self._log.ids, SessionState.CLOSED)
+
+    def _restore(self, saved: SavedSession) -> None:
+        """Go on from what was saved. Another model reads the messages anew."""
+        assert self._file is not None
+        self.messages, self._num_calls = list(saved.messages), saved.num_calls
+        if saved.model_digest == self._file.model_digest:
+            self._log.restore(saved.ids, saved.text, saved.marks)
+
+    async def _save(self) -> None:
+        """Write the session's file, if it has one, before the caller hears that the turn ended."""
+        if self._file is not None:
+            saved = SavedSession(
+                messages=tuple(self.messages),
+                num_calls=self._num_calls,
+                model_digest=self._file.model_digest,
+                ids=tuple(self._log.ids),
+                text=self._log.text,
+                marks=self._log.marks,
+            )
+            await anyio.to_thread.run_sync(self._file.save, saved)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -124,13 +162,23 @@ class Session:
             raise RequestInvalid(f"fork makes at least 1 session, got {num}")
         return [self._copy() for _ in range(num)]
 
+    @asynccontextmanager
+    async def tool_pause(self, name: str = "tool") -> AsyncGenerator[None]:
+        """For callers who run their own tools: say that this session waits for one, as long as the
+        block takes. Its KV may make room meanwhile and is brought back in time."""
+        async with self._engine.pause(self._log.ids, name):
+            yield
+
     async def erase(self) -> None:
-        """Forget the conversation, and drop its KV wherever no other session shares it."""
+        """Forget the conversation, and overwrite its KV in every tier wherever no other session
+        shares it. Raises TierUnavailable if another process writes the disk tier."""
         self._refuse_busy()
         self._busy = True
         try:
             if self._log.ids:
-                await self._engine.forget(self._log.ids)
+                await self._engine.forget(self._log.ids, erase=True)
+            if self._file is not None:
+                await anyio.to_thread.run_sync(self._file.erase)
         finally:
             self._busy = False
         self.messages.clear()
@@ -194,7 +242,9 @@ class Session:
             self.messages.append(Message(role="user", content=text))
             async with aclosing(self._steps(steps, choice)) as events:
                 async for event in events:
-                    complete = isinstance(event, TurnFinished)
+                    if isinstance(event, TurnFinished):
+                        await self._save()
+                        complete = True
                     yield event
         except BaseException:
             if not complete:  # leaving at the last event leaves a whole turn
@@ -202,6 +252,7 @@ class Session:
             raise
         finally:
             self._busy = False
+            self._engine.mark(self._log.ids, SessionState.IDLE)
 
     async def _steps(self, steps: list[Step], choice: ToolChoice) -> AsyncGenerator[SessionEvent]:
         """Generate, run the tools that were called, and again, until no tool is called."""
@@ -239,7 +290,8 @@ class Session:
     async def _generate(self, options: GenerateOptions) -> AsyncGenerator[SessionEvent | Finished]:
         """One generation: its text without tool calls, its tool calls, and Finished last."""
         scanner = CallScanner(f"call_{self._num_calls}_")
-        stream = self._engine.stream(tuple(self._log.ids), options)
+        rewrites, self._rewrites_seen = self._log.rewrites - self._rewrites_seen, self._log.rewrites
+        stream = self._engine.stream(tuple(self._log.ids), options, is_rewritten=rewrites > 0)
         async with aclosing(stream) as events:
             async for event in events:
                 last = isinstance(event, Finished)
@@ -263,7 +315,8 @@ class Session:
         results: dict[str, ToolResult] = {}
 
         async def run(call: ToolCall) -> None:
-            results[call.id] = await run_tool(self.tools, call, clock=time.monotonic)
+            async with self.tool_pause(call.name):
+                results[call.id] = await run_tool(self.tools, call, clock=time.monotonic)
 
         async with anyio.create_task_group() as group:
             for call in calls:

@@ -81,6 +81,15 @@ class TokenLog:
         """Take generated ids as they are, and the text that templates will show for them."""
         self._append(ids, text)
 
+    @property
+    def marks(self) -> tuple[tuple[int, int], ...]:
+        """(characters, ids) after each append."""
+        return tuple(self._marks)
+
+    def restore(self, ids: Sequence[int], text: str, marks: Iterable[tuple[int, int]]) -> None:
+        """Become the log that these were read from."""
+        self.ids, self.text, self._marks = list(ids), text, list(marks)
+
     def copy(self) -> TokenLog:
         """An equal log that goes its own way."""
         return TokenLog(self.tokenizer, list(self.ids), self.text, self.rewrites, list(self._marks))

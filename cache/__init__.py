@@ -3,18 +3,19 @@
 Pure bookkeeping, owned by one thread: no device, no clock. `PrefixCache` is the whole of it.
 """
 
+from collections.abc import Sequence
 from typing import final
 
 from attrs import frozen
 
 from agentrt.cache.blocks import BlockPool
-from agentrt.cache.evict import SessionState
+from agentrt.cache.evict import SessionState, TierRates
 from agentrt.cache.lease import Copy, Lease
 from agentrt.cache.node import Match, TokenArray
 from agentrt.cache.tree import RadixTree
 from agentrt.errors import CacheCorrupt
 
-__all__ = ["CacheStats", "Copy", "Lease", "PrefixCache", "SessionState"]
+__all__ = ["CacheStats", "Copy", "Lease", "PrefixCache", "SessionState", "TierRates"]
 
 
 @frozen(kw_only=True)
@@ -35,14 +36,15 @@ class CacheStats:
 class PrefixCache:
     """Prefixes in blocks: leases for running requests, a tree for all that can be shared.
 
-    State: the pool, the tree and the set of live leases. Invariant: a block's references are the
-    live leases and the nodes that hold it, one each; see `check`.
+    State: the pool, the tree, the set of live leases and the holds. Invariant: a block's references
+    are the live leases, holds and nodes that have it, one each; see `check`.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, rates: TierRates | None = None) -> None:
         self._pool = BlockPool(num_blocks, block_tokens)
-        self._tree = RadixTree(self._pool)
+        self._tree = RadixTree(self._pool, rates)
         self._leases: set[Lease] = set()
+        self._held = [0] * num_blocks  # holds on each block
         self._asked_tokens = 0
         self._hit_tokens = 0
         self._evicted_tokens = 0
@@ -54,9 +56,18 @@ class PrefixCache:
             f"blocks, {self._tree.num_tokens} tokens cached, {len(self._leases)} leases>"
         )
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that a block holds."""
+        return self._pool.block_tokens
+
     def peek(self, token_ids: TokenArray, namespace: str = "") -> int:
         """Length in tokens of the longest resident prefix; changes nothing."""
         return self._tree.match(token_ids, namespace).num_tokens
+
+    def continuation(self, token_ids: TokenArray, namespace: str = "") -> TokenArray:
+        """How the tree goes on where `token_ids` leaves it: the latest used way, or nothing."""
+        return self._tree.continuation(self._tree.match(token_ids, namespace), namespace)
 
     def acquire(
         self,
@@ -77,18 +88,18 @@ class PrefixCache:
         if max_cached_tokens is not None:
             longest = max(0, min(longest, max_cached_tokens))
         match = self._tree.match(token_ids[:longest], namespace)
-        taken = self._take(token_ids, match, match.num_tokens, num_tokens, namespace)
+        taken = self._take(token_ids, match, match.num_tokens, num_tokens, namespace, now)
         num_cached = match.num_tokens
         if taken is None and (inside := num_cached % self._pool.block_tokens):
             # The source of a copy must stay while the copy is made: one block more than the
             # lease will hold. A full pool may have room only if that part is computed again.
             num_cached -= inside
-            taken = self._take(token_ids, match, num_cached, num_tokens, namespace)
+            taken = self._take(token_ids, match, num_cached, num_tokens, namespace, now)
         if taken is None:
             return None
         for node in match.path:
             if node.end <= num_cached:
-                node.use(now)
+                node.hit(now)
         self._asked_tokens += len(token_ids)
         self._hit_tokens += num_cached
         return taken
@@ -99,7 +110,7 @@ class PrefixCache:
         if missing <= 0:
             return True
         assert lease._live, "the lease was released"
-        fresh = self._reserve(missing, lease.block_ids[-1] if lease.block_ids else None)
+        fresh = self._reserve(missing, lease.block_ids[-1] if lease.block_ids else None, now)
         if fresh is None:
             return False
         self._pool.claim(fresh, lease)
@@ -131,7 +142,7 @@ class PrefixCache:
         num_full, num_inside = divmod(lease.num_tokens, self._pool.block_tokens)
         shared = lease.block_ids[:num_full]
         missing = self._num_blocks(max(num_tokens, lease.num_tokens)) - num_full
-        fresh = self._reserve(missing, shared[-1] if shared else None)
+        fresh = self._reserve(missing, shared[-1] if shared else None, now)
         if fresh is None:
             return None
         if lease._leaf is not None:
@@ -151,6 +162,30 @@ class PrefixCache:
         lease._leaf = None
         self._leases.remove(lease)
         self._pool.end_lease(lease.block_ids, lease)
+
+    def share(self, lease: Lease) -> Lease:
+        """A second lease over what `lease` has committed, to read only; it needs no room.
+
+        A whole path is held, not some blocks of it: what lies above a held block could not go.
+        """
+        assert lease._live, "the lease was released"
+        blocks = lease.block_ids[: self._num_blocks(lease.num_tokens)]
+        twin = Lease(lease._token_ids, blocks, lease._namespace, writes=False)
+        self._leases.add(twin)
+        self._pool.lease(blocks)
+        return twin
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """Keep blocks that a lease writes, also beyond its end: until `unhold`."""
+        self._pool.lease(block_ids)
+        for block in block_ids:
+            self._held[block] += 1
+
+    def unhold(self, block_ids: Sequence[int]) -> None:
+        """End a hold."""
+        for block in block_ids:
+            self._held[block] -= 1
+        self._pool.end_lease(block_ids)
 
     def forget(self, token_ids: TokenArray, *, keep_tokens: int, namespace: str = "") -> int:
         """Drop this path beyond `keep_tokens`, up to what a lease or another path uses.
@@ -195,7 +230,7 @@ class PrefixCache:
         """Raise CacheCorrupt unless pool, tree and leases agree; for tests, it reads all."""
         self._pool.check()
         self._tree.check()
-        leases = [0] * self._pool.num_blocks
+        leases = list(self._held)
         for lease in self._leases:
             self._check_lease(lease)
             for block in lease.block_ids:
@@ -217,6 +252,8 @@ class PrefixCache:
             raise CacheCorrupt(f"{lease!r} is registered wrongly")
         if lease.num_tokens > self._capacity_tokens(lease):
             raise CacheCorrupt(f"{lease!r} holds more tokens than fit")
+        if not lease._writes:
+            return
         for block in lease.block_ids[lease.num_tokens // self._pool.block_tokens :]:
             if self._pool.writers[block] is not lease:
                 raise CacheCorrupt(f"{lease!r} may not write block {block} behind its tokens")
@@ -228,6 +265,7 @@ class PrefixCache:
         num_cached: int,
         num_tokens: int,
         namespace: str,
+        now: float,
     ) -> tuple[Lease, list[Copy]] | None:
         """Open a lease over the first `num_cached` tokens of a match, if there is the room."""
         blocks = self._tree.blocks(match.path, num_cached)
@@ -241,7 +279,7 @@ class PrefixCache:
         if in_place:
             self._pool.claim(blocks[-1:], lease)
         missing = self._num_blocks(max(num_tokens, num_cached)) - num_kept
-        fresh = self._reserve(missing, blocks[num_kept - 1] if num_kept else None)
+        fresh = self._reserve(missing, blocks[num_kept - 1] if num_kept else None, now)
         if fresh is None:
             self.release(lease)
             return None
@@ -250,19 +288,19 @@ class PrefixCache:
         self._pool.end_lease(blocks[num_kept:])
         return lease, [Copy(source, fresh[0], num_inside) for source in blocks[num_kept:]]
 
-    def _reserve(self, num: int, after: int | None) -> list[int] | None:
+    def _reserve(self, num: int, after: int | None, now: float) -> list[int] | None:
         """Allocate `num` blocks, evicting if needed; None, and no change, if that cannot be."""
         pool = self._pool
         if num > pool.num_blocks - pool.num_leased:
             return None
         if pool.num_free < num:
-            self._evicted_tokens += self._tree.reclaim(num)
+            self._evicted_tokens += self._tree.reclaim(num, now)
         if pool.num_free < num:
             # Rare: the tree holds second copies above the leaves of leases. Without them every
             # block that no lease holds can go, so the first test decides exactly.
             for lease in self._leases:
                 self._tree.adopt(lease._token_ids, lease.block_ids, lease._namespace)
-            self._evicted_tokens += self._tree.reclaim(num)
+            self._evicted_tokens += self._tree.reclaim(num, now)
         if pool.num_free < num:
             raise CacheCorrupt(f"{num} blocks that no lease holds cannot be reclaimed: {pool!r}")
         return pool.allocate(num, after)

@@ -33,12 +33,15 @@ class Lease:
         "_live",
         "_namespace",
         "_token_ids",
+        "_writes",
         "block_ids",
         "num_cached_tokens",
         "num_tokens",
     )
 
-    def __init__(self, token_ids: TokenArray, block_ids: list[int], namespace: str) -> None:
+    def __init__(
+        self, token_ids: TokenArray, block_ids: list[int], namespace: str, *, writes: bool = True
+    ) -> None:
         self.block_ids = block_ids
         self.num_tokens = len(token_ids)
         self.num_cached_tokens = len(token_ids)
@@ -46,6 +49,7 @@ class Lease:
         self._namespace = namespace
         self._leaf: Node | None = None  # what this lease inserted last
         self._live = True
+        self._writes = writes
 
     def __repr__(self) -> str:
         state = "live" if self._live else "released"

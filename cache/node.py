@@ -22,9 +22,12 @@ class Node:
     blocks: list[int]  # of block index start // block_tokens and on
     last_used_s: float
     children: dict[int, "Node"] = field(factory=dict, repr=lambda children: str(len(children)))
+    num_hits: int = 0
+    is_below: bool = False  # whether the tier below holds it too
     state: SessionState | None = None  # of the session whose log ends here, if one is known
-    expected_s: float | None = None
-    queued_s: float | None = None
+    marked_s: float = 0.0  # when that was noted
+    expected_s: float | None = None  # how long after that the session's next turn is due
+    queued: int = 0  # serial number in the eviction queue
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +55,11 @@ class Node:
         if self.state in DEAD_STATES:
             self.state = None
 
+    def hit(self, now: float) -> None:
+        """Note a use that found this here: it spared a request the computing of it."""
+        self.use(now)
+        self.num_hits += 1
+
     def chain_above(self) -> Iterator["Node"]:
         """Ancestors that lead to this node only, the nearest first."""
         ancestor = self.parent
@@ -71,3 +79,11 @@ class Match:
     def is_inside(self) -> bool:
         """Whether it ends before the end of its last node."""
         return bool(self.path) and self.num_tokens < self.path[-1].end
+
+
+def num_common(left: TokenArray, right: TokenArray) -> int:
+    """Length of the common prefix."""
+    size = min(len(left), len(right))
+    differs = left[:size] != right[:size]
+    first = int(differs.argmax()) if size else 0
+    return first if size and differs[first] else size

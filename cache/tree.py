@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from agentrt.cache.blocks import BlockPool
-from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState
-from agentrt.cache.node import Match, Node, TokenArray
+from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState, TierRates, inherit
+from agentrt.cache.node import Match, Node, TokenArray, num_common
 from agentrt.errors import CacheCorrupt
 
 
@@ -24,13 +24,13 @@ class RadixTree:
     Invariant: see `check` and the head of this file.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, rates: TierRates | None = None) -> None:
         self.num_nodes = 0
         self.num_tokens = 0
         self._pool = pool
         self._block_tokens = pool.block_tokens
         self._roots: dict[str, Node] = {}  # those with children only
-        self._queue: EvictionQueue[Node] = EvictionQueue()
+        self._queue: EvictionQueue[Node] = EvictionQueue(rates)
 
     def match(self, token_ids: TokenArray, namespace: str) -> Match:
         """Find the longest prefix of `token_ids` in the tree; one comparison per edge."""
@@ -43,9 +43,18 @@ class RadixTree:
                 break
             path.append(child)
             edge = child.tokens
-            position += _num_common(edge, token_ids[position : position + len(edge)])
+            position += num_common(edge, token_ids[position : position + len(edge)])
             node = child if position == child.end else None
         return Match(path, position)
+
+    def continuation(self, match: Match, namespace: str) -> TokenArray:
+        """The tokens behind a match up to the next end of a node, along the latest used edge."""
+        if match.is_inside:
+            return match.path[-1].tokens[match.num_tokens - match.path[-1].start :]
+        node = match.path[-1] if match.path else self._roots.get(namespace)
+        if node is None or not node.children:
+            return np.empty(0, np.int32)
+        return max(node.children.values(), key=lambda child: child.last_used_s).tokens
 
     def blocks(self, path: list[Node], num_tokens: int) -> list[int]:
         """Blocks with the KV of the first `num_tokens` of `path`: the deepest node's for each."""
@@ -81,6 +90,7 @@ class RadixTree:
             return match.path[-1] if match.path else None
         if match.is_inside:
             node = self._split(match.path[-1], match.num_tokens)
+            node.num_hits += 1  # a second sequence runs through this half, and not the other
         else:
             node = match.path[-1] if match.path else self._root(namespace)
         node.use(now)
@@ -129,14 +139,14 @@ class RadixTree:
         for leaf in [node for node in self.nodes() if not node.children]:
             self.cut_up(leaf, 0)
 
-    def reclaim(self, num_free: int) -> int:
+    def reclaim(self, num_free: int, now: float) -> int:
         """Cut the leaves of least worth until `num_free` blocks are free; return tokens dropped.
 
         Cuts no more blocks than are short, and fewer than asked when leases hold the rest.
         """
         num_tokens = 0
         leased = []
-        while self._pool.num_free < num_free and (leaf := self._queue.pop()) is not None:
+        while self._pool.num_free < num_free and (leaf := self._queue.pop(now)) is not None:
             num_kept = self._num_blocks(leaf.end) - (num_free - self._pool.num_free)
             dropped = self.cut(leaf, max(0, num_kept) * self._block_tokens)
             num_tokens += dropped
@@ -181,7 +191,7 @@ class RadixTree:
             self._mark_dead(node, state)
             return
         node.use(now)
-        node.state, node.expected_s = state, expected_s
+        node.state, node.marked_s, node.expected_s = state, now, expected_s
         self._queue.offer(node)
         self._unmark_above(node)
 
@@ -284,6 +294,8 @@ class RadixTree:
             start=node.start,
             blocks=node.blocks[: self._num_blocks(position) - first],
             last_used_s=node.last_used_s,
+            num_hits=node.num_hits,
+            is_below=node.is_below,
             children={int(node.tokens[offset]): node},
         )
         parent.children[int(node.tokens[0])] = upper
@@ -307,6 +319,7 @@ class RadixTree:
         leaf.parent = None
         self.num_nodes -= 1
         if parent.attached:
+            inherit(parent, leaf)
             self._queue.offer(parent)
         elif not parent.children:
             del self._roots[parent.namespace]
@@ -373,11 +386,3 @@ class RadixTree:
         for ancestor in node.chain_above():
             if ancestor.state is SessionState.RUNNING:
                 ancestor.state = None
-
-
-def _num_common(left: TokenArray, right: TokenArray) -> int:
-    """Length of the common prefix; `right` is not longer than `left`."""
-    length = len(right)
-    differs = left[:length] != right
-    first = int(differs.argmax())
-    return first if differs[first] else length

@@ -39,6 +39,7 @@ class Geometry:
     norm_eps: float
     cos: Tensor  # as `Ops.pack_rotation` made them
     sin: Tensor
+    hidden_size: int
 
 
 @frozen

@@ -1,4 +1,4 @@
-"""The fast CPU path: exact int8 products, flash attention over KV blocks (see the files named)."""
+"""The CPU path made of torch's own operations: where the native kernels cannot be had, and bfloat16."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from agentrt.kernels import Geometry, Linear, Segment, StepInputs, attention_cpu
 from agentrt.kernels.attention_cpu import CpuPlan
-from agentrt.kernels.linear_cpu import Int8Linear, TiledLinear
+from agentrt.kernels.linear_cpu import Int8Linear
 from agentrt.kernels.plain import PlainStep, plain_rotation
 from agentrt.kernels.reference import DenseLinear
 
-LinearKind = Literal["dense", "tiled", "int8"]
+LinearKind = Literal["dense", "int8"]
 _PACK: dict[LinearKind, Callable[[Tensor, Tensor | None], Linear]] = {
     "dense": DenseLinear,
-    "tiled": TiledLinear,
     "int8": Int8Linear.pack,
 }
 
@@ -58,4 +57,4 @@ class CpuOps:
         return F.silu(gate).mul_(up)
 
     def plan_attention(self, segments: tuple[Segment, ...], kv: Tensor, num_heads: int) -> CpuPlan:
-        return attention_cpu.plan_attention(segments, kv, num_heads)
+        return attention_cpu.plan_attention(segments, kv)

@@ -15,21 +15,25 @@ from attrs import define, field, frozen
 from tokenizers import decoders, models, pre_tokenizers
 
 from agentrt import Engine, EngineConfig, GenerateOptions
-from agentrt.cache import PrefixCache
+from agentrt.cache import Copy, PrefixCache
+from agentrt.cache.keys import Fingerprint
 from agentrt.chat import Chat, NoText
 from agentrt.config import ResolvedConfig
-from agentrt.engine_parts import EngineParts
-from agentrt.loop import Loop, poster
+from agentrt.engine_parts import EngineParts, build_loop
+from agentrt.loop import poster
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
 from agentrt.request import Request
-from agentrt.scheduler import Plan, Scheduler, Work
+from agentrt.scheduler import Plan, Work
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import Tokenizer, load_tokenizer
+from agentrt.transfer import HostCopier
 
 VOCAB = 64
 CONTEXT = 256
 BLOCK_TOKENS = 4
+TOKEN_BYTES = 16
+CHUNK_TOKENS = 8  # of the tiers below the device
 EOS = 0
 
 TEMPLATE = (
@@ -126,7 +130,7 @@ class FakeRunner:
 
     @_memory.default
     def _empty(self) -> np.ndarray:
-        return np.full((self.num_blocks, self.block_tokens), -1, dtype=np.int64)
+        return np.full((1, 2, self.num_blocks, 1, self.block_tokens, 1), -1, dtype=np.int64)
 
     def run(self, plan: Plan) -> tuple[FakeBatch, torch.Tensor]:
         self.gate.pass_through()
@@ -135,11 +139,6 @@ class FakeRunner:
             raise OSError("the fake device broke")
         self.num_steps += 1
         self.rows.append(plan.num_rows)
-        for copy in plan.copies:
-            self.num_copies += 1
-            self._memory[copy.target, : copy.num_tokens] = self._memory[
-                copy.source, : copy.num_tokens
-            ]
         for work in plan.work:
             self._write(work)
         sampling = tuple(work for work in plan.work if work.samples)
@@ -148,19 +147,30 @@ class FakeRunner:
             row[:] = self._logits(work)
         return FakeBatch(sampling), torch.from_numpy(logits)
 
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self.num_copies += 1
+            self._memory[:, :, copy.target, :, : copy.num_tokens] = self._memory[
+                :, :, copy.source, :, : copy.num_tokens
+            ]
+
+    def copier(self) -> HostCopier:
+        return HostCopier(self._memory.view(np.uint8))
+
     def close(self) -> None:
         self.closed = True
 
     def _write(self, work: Work) -> None:
         for position in range(work.start, work.start + work.num_tokens):
             block, inside = divmod(position, self.block_tokens)
-            slot = work.request.lease.block_ids[block], inside
-            self._memory[slot] = work.request.tokens[position]
+            place = work.request.lease.block_ids[block]
+            self._memory[:, :, place, :, inside] = work.request.tokens[position]
 
     def _logits(self, work: Work) -> np.ndarray:
         end = work.start + work.num_tokens
-        read = self._memory[work.request.lease.block_ids].reshape(-1)[:end]
-        assert np.array_equal(read, work.request.tokens[:end]), f"wrong KV below {work.request.id}"
+        for plane in self._memory[0, :, work.request.lease.block_ids, 0, :, 0].swapaxes(0, 1):
+            read = plane.reshape(-1)[:end]
+            assert np.array_equal(read, work.request.tokens[:end]), work.request.id
         scripted = self.script(work.request)
         if scripted is None:
             return logits_after(read, self.vocab_size)
@@ -205,8 +215,8 @@ class FakeEngine(Engine):
             "fake",
             EngineConfig(
                 block_tokens=BLOCK_TOKENS,
-                device_kv_bytes=num_blocks * BLOCK_TOKENS,
-                **{"max_batch": 8, "step_tokens": 16, **config},
+                device_kv_bytes=num_blocks * BLOCK_TOKENS * TOKEN_BYTES,
+                **{"max_batch": 8, "step_tokens": 16, "disk_kv_bytes": 0, **config},
             ),
         )
         if vocab_size is None:
@@ -227,13 +237,28 @@ class FakeEngine(Engine):
 
     def _open_parts(self, event_loop, abandoned) -> EngineParts:
         config = self.config.resolve(
-            device="cpu", kv_token_bytes=1, model_context_tokens=self.spec.max_context_tokens
+            device="cpu",
+            kv_token_bytes=TOKEN_BYTES,
+            model_context_tokens=self.spec.max_context_tokens,
         )
-        cache = PrefixCache(config.num_blocks, config.block_tokens)
-        scheduler = Scheduler(config, cache)
+        fingerprint = Fingerprint(
+            namespace=self.config.namespace,
+            model_digest="fake",
+            layout="fake",
+            dtype="int64",
+            token_bytes=TOKEN_BYTES,
+        )
+        loop, tiers = build_loop(
+            self.config,
+            config,
+            fingerprint,
+            self.runner,
+            poster(event_loop),
+            device="cpu",
+            chunk_tokens=CHUNK_TOKENS,
+        )
         if self._checked:
-            self.runner.before_step = scheduler.check
-        loop = Loop(scheduler, self.runner, poster(event_loop))
+            self.runner.before_step = loop.scheduler.check
         return EngineParts(
             loop=loop,
             chat=self.chat,
@@ -241,6 +266,9 @@ class FakeEngine(Engine):
             model_name="fake",
             kernels="fake",
             weights="fake",
+            disk_problem=tiers.problem,
+            disk=tiers.disk,
+            fingerprint=fingerprint,
         )
 
     async def aclose(self) -> None:
@@ -282,6 +310,8 @@ def resolved(
     block_tokens: int = BLOCK_TOKENS,
 ) -> ResolvedConfig:
     return ResolvedConfig(
+        host_kv_bytes=0,
+        disk_kv_bytes=0,
         block_tokens=block_tokens,
         num_blocks=num_blocks,
         kv_token_bytes=1,

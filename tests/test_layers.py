@@ -22,10 +22,10 @@ LAYERS = [
         *("tool_schema", "tools", "vocabulary", "vocabulary_fast", "vocabulary_sentencepiece"),
         "weights",
     },
-    {"output", "request", "scheduler", "token_log"},
-    {"batch", "chat", "runner", "sampler", "speculate"},
+    {"explain", "mover", "output", "pauses", "request", "scheduler", "token_log"},
+    {"batch", "chat", "runner", "sampler", "speculate", "transfer"},
     {"loop"},
-    {"engine", "engine_parts", "session", "step_thread", "stream"},
+    {"engine", "engine_parts", "engine_tiers", "session", "session_store", "step_thread", "stream"},
     {"adapters"},
     {"__main__"},
 ]
@@ -109,7 +109,8 @@ def test_threads_meet_asyncio_in_the_loop_alone():
     assert "agentrt.loop" in users
     assert users <= {
         *("agentrt.loop", "agentrt.engine", "agentrt.engine_parts", "agentrt.step_thread"),
-        "agentrt.grammar",
+        *("agentrt.grammar", "agentrt.transfer"),
+        *("agentrt.cache.disk", "agentrt.cache.disk_writer"),
     }
 
 

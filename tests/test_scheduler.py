@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt.cache import PrefixCache
+from agentrt.cache.node import num_common
 from agentrt.errors import CacheCorrupt
 from agentrt.request import State
-from agentrt.scheduler import Scheduler, common_prefix
+from agentrt.scheduler import Scheduler
 
 RELAXED = settings(deadline=None, max_examples=60)
 
@@ -43,6 +44,7 @@ class Steps:
         assert states == sorted(states, key=lambda state: state is not State.DECODE)
         if not plan.work:
             return plan
+        self.runner.copy(plan.copies)
         batch, logits = self.runner.run(plan)
         for work in plan.work:
             self.scheduler.computed(work, self.now)
@@ -247,7 +249,7 @@ def test_check_finds_a_broken_queue():
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_common_prefix(left, right):
-    length = common_prefix(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
+def test_num_common(left, right):
+    length = num_common(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
     assert left[:length] == right[:length]
     assert length == min(len(left), len(right)) or left[length] != right[length]

@@ -122,21 +122,21 @@ def test_reclaim_takes_only_what_is_short_of_the_least_worthy(bench):
     bench.insert(ids((0, 16)), now=1.0)
     bench.insert(ids((100, 116)), now=2.0)
     assert bench.pool.num_free == 24
-    assert bench.tree.reclaim(27) == 12
+    assert bench.tree.reclaim(27, 9.0) == 12
     assert bench.pool.num_free == 27
     assert bench.tree.match(ids((0, 16)), "").num_tokens == 4
     assert bench.tree.match(ids((100, 116)), "").num_tokens == 16
-    assert bench.tree.reclaim(32) == 20
+    assert bench.tree.reclaim(32, 9.0) == 20
     bench.tree.check()
 
 
 def test_reclaim_leaves_what_is_leased(bench):
     blocks = bench.insert(ids((0, 16)))
     bench.pool.lease(blocks)
-    assert bench.tree.reclaim(32) == 0
+    assert bench.tree.reclaim(32, 9.0) == 0
     bench.tree.check()
     bench.pool.end_lease(blocks)
-    assert bench.tree.reclaim(32) == 16
+    assert bench.tree.reclaim(32, 9.0) == 16
 
 
 def test_forget_stops_where_another_path_begins(bench):
@@ -207,9 +207,31 @@ def test_the_closed_go_first(bench):
     bench.insert(ids((0, 16)), now=9.0)
     bench.insert(ids((100, 116)), now=1.0)
     bench.tree.mark(ids((0, 16)), SessionState.CLOSED, None, 9.0, "")
-    bench.tree.reclaim(28)
+    bench.tree.reclaim(28, 9.0)
     assert bench.edges() == [(0, 16)]
     assert bench.tree.match(ids((100, 116)), "").num_tokens == 16
+
+
+def test_a_cut_log_leaves_its_state_to_what_is_left(bench):
+    bench.insert(ids((0, 16)))
+    bench.insert(ids((0, 8), (50, 58)))
+    bench.insert(ids((0, 8), (70, 78)))
+    bench.tree.mark(ids((0, 8), (50, 58)), SessionState.TOOL_PENDING, 5.0, 1.0, "")
+    bench.tree.mark(ids((0, 8), (70, 78)), SessionState.TOOL_PENDING, 90.0, 2.0, "")
+    bench.tree.forget(ids((0, 16)), 8, "")
+    assert state_at(bench, ids((0, 8))) is None
+    bench.tree.forget(ids((0, 8), (50, 58)), 8, "")
+    bench.tree.forget(ids((0, 8), (70, 78)), 8, "")
+    (node,) = bench.tree.nodes()
+    assert (node.state, node.expected_s, node.marked_s) == (SessionState.TOOL_PENDING, 5.0, 1.0)
+    bench.tree.check()
+
+
+def test_a_second_sequence_counts_as_a_use_of_the_shared_half(bench):
+    bench.insert(ids((0, 16)))
+    bench.insert(ids((0, 8), (50, 58)))
+    hits = {(node.start, node.num_hits) for node in bench.tree.nodes()}
+    assert hits == {(0, 1), (8, 0)}
 
 
 def test_marks_of_unknown_logs_change_nothing(bench):

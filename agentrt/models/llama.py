@@ -83,9 +83,8 @@ class LlamaModel:
         )
         head = ops.pack_linear(builder.parts.get("lm_head.weight", embedding), None)
         cos, sin = ops.pack_rotation(rotation_angles(spec, max_context), embedding)
-        geometry = Geometry(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.norm_eps, cos, sin
-        )
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        geometry = Geometry(*heads, spec.norm_eps, cos, sin, spec.hidden_size)
         return cls(spec, ops, embedding, tuple(builder.layers), norm, head, geometry)
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @frozen
 class LoadedModel:
-    """A model, how it computes, and the digest of its weights ("random" without files)."""
+    """A model, how it computes, and the digest of its weights (if random, of its config)."""
 
     model: LlamaModel
     compute: Compute
@@ -52,6 +53,7 @@ def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
         weights=config.weights,
         deterministic=config.deterministic,
         is_quantised=is_quantised,
+        cache_dir=config.cache_dir,
     )
 
 
@@ -88,4 +90,5 @@ def _random_model(path: Path, config: EngineConfig) -> LoadedModel:
             scale = 0.02 if len(shape) > 1 else 0.0
             yield name, tensor.normal_(0, scale, generator=generator) if scale else tensor.fill_(1)
 
-    return LoadedModel(_build(spec, compute, config, tensors()), compute, "random")
+    digest = f"random-{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    return LoadedModel(_build(spec, compute, config, tensors()), compute, digest)

@@ -1,0 +1,120 @@
+"""How the tiers below the device are opened for an engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from agentrt.cache.chunk import ChunkIndex
+from agentrt.cache.disk import DiskTier, Victims
+from agentrt.cache.disk_writer import MIN_QUOTA_BYTES
+from agentrt.cache.evict import TierRates
+from agentrt.cache.host import HostTier
+from agentrt.cache.keys import Fingerprint, root_key
+from agentrt.cache.lower import LowerTiers
+from agentrt.cache.split import Rates
+from agentrt.errors import ConfigError, TierUnavailable
+from agentrt.mover import Mover
+
+if TYPE_CHECKING:
+    from agentrt.cache import PrefixCache
+    from agentrt.config import EngineConfig, ResolvedConfig
+    from agentrt.models.load import LoadedModel
+
+logger = logging.getLogger("agentrt")
+
+CHUNK_TOKENS = 64
+MOST_STAGING_BYTES = 1 << 30  # of the way station to the disk, where there is no host tier
+PREFILL_S_PER_TOKEN = {"cpu": 1e-3, "cuda": 2e-5}  # until the first prefill is measured
+LRU = TierRates(attention_knee_tokens=1e18)  # every node is worth the same but for its age
+STORE_FOLDER = "kv"
+
+
+@frozen
+class OpenTiers:
+    """What is below the device; `problem` says why there is no disk tier though one was wanted."""
+
+    mover: Mover | None
+    disk: DiskTier | None
+    problem: str | None
+
+
+def open_tiers(
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    fingerprint: Fingerprint,
+    cache: PrefixCache,
+    *,
+    device: str,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> OpenTiers:
+    """Open the tiers that the config asks for. A disk tier that cannot be had is said once, in the
+    log, and the engine runs on without it."""
+    if not resolved.host_kv_bytes and not resolved.disk_kv_bytes:
+        return OpenTiers(None, None, None)
+    disk, problem = None, None
+    owner: list[LowerTiers] = []  # of the disk tier, which is opened first
+    if resolved.disk_kv_bytes:
+        try:
+            disk = _open_disk(config, resolved, fingerprint, lambda size: owner[0].victims(size))
+        except TierUnavailable as exc:
+            problem = str(exc)
+            logger.warning("running without the disk tier: %s", problem)
+    slot_bytes = chunk_tokens * resolved.kv_token_bytes
+    host_bytes = resolved.host_kv_bytes
+    if disk is not None and host_bytes < slot_bytes:
+        staging = resolved.max_context_tokens * resolved.kv_token_bytes + slot_bytes
+        host_bytes = min(staging, MOST_STAGING_BYTES)
+    if host_bytes < slot_bytes:
+        return OpenTiers(None, None, problem)
+    token_bytes = resolved.kv_token_bytes
+    tiers = LowerTiers(
+        ChunkIndex(root_key(fingerprint), chunk_tokens),
+        HostTier(host_bytes, slot_bytes),
+        disk,
+        token_bytes=token_bytes,
+        keeps_host=resolved.host_kv_bytes >= slot_bytes,
+        clock=time.monotonic,
+        wall_clock=time.time,
+        host_rates=LRU if config.eviction == "lru" else TierRates(),
+    )
+    mover = Mover(
+        cache,
+        tiers,
+        Rates(PREFILL_S_PER_TOKEN[device]),
+        overlaps=device == "cuda",
+        namespace=config.namespace,
+    )
+    owner.append(tiers)
+    return OpenTiers(mover, disk, problem)
+
+
+def fingerprint_of(config: EngineConfig, loaded: LoadedModel, token_bytes: int) -> Fingerprint:
+    """What KV of this engine depends on besides the tokens."""
+    spec, compute = loaded.model.spec, loaded.compute
+    return Fingerprint(
+        namespace=config.namespace,
+        model_digest=loaded.digest,
+        layout=f"{spec.num_layers} layers, k v, {spec.num_kv_heads} heads, tokens, {spec.head_dim}",
+        dtype=f"{compute.ops.name} {compute.dtype}",  # other kernels round otherwise
+        token_bytes=token_bytes,
+    )
+
+
+def _open_disk(
+    config: EngineConfig, resolved: ResolvedConfig, fingerprint: Fingerprint, victims: Victims
+) -> DiskTier:
+    if resolved.disk_kv_bytes < MIN_QUOTA_BYTES:
+        raise ConfigError(
+            f"disk_kv_bytes={resolved.disk_kv_bytes}: at least {MIN_QUOTA_BYTES} are needed, or 0"
+        )
+    return DiskTier(
+        config.cache_dir / STORE_FOLDER,
+        quota_bytes=resolved.disk_kv_bytes,
+        fingerprint=fingerprint,
+        clock=time.time,
+        victims=victims,
+    )

@@ -1,0 +1,236 @@
+"""Mover: decides what KV moves between the device and the tiers below it. No tensor, clock or I/O.
+
+It plans jobs; a transfer thread carries them out (`agentrt.transfer`) and tells when each is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field, frozen
+
+from agentrt.cache.split import Piece, Rates, cost_tokens, load_from
+from agentrt.request import Load
+from agentrt.types import TierName
+
+if TYPE_CHECKING:
+    from agentrt.cache import Lease, PrefixCache
+    from agentrt.cache.chunk import Chunk, StoredPrefix
+    from agentrt.cache.lower import LowerTiers
+    from agentrt.cache.node import TokenArray
+    from agentrt.cache.tier import Record
+
+# What a load brought, by tier, or None if it failed; and the time.
+OnEnd = Callable[["Mapping[TierName, int] | None", float], None]
+
+
+@frozen(kw_only=True)
+class Part:
+    """Tokens [first, end) of a path, between the bytes of one chunk and the device's blocks.
+
+    The chunk holds tokens [start, start + num_tokens), in `view` (the host tier's memory) or under
+    `record` (on disk).
+    """
+
+    start: int
+    num_tokens: int
+    first: int
+    end: int
+    view: Any = None
+    record: Record | None = None
+
+    @property
+    def tier(self) -> TierName:
+        return "disk" if self.record is not None else "host"
+
+
+@define(eq=False, kw_only=True)
+class Job:
+    """One transfer: its parts, and the blocks of the path, which are held until it ends."""
+
+    is_load: bool
+    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
+    block_ids: tuple[int, ...]  # of the path: block i has tokens [i * block_tokens, ...)
+    held: tuple[int, ...] = ()  # what a load writes
+    lease: Lease | None = None  # what a save reads
+    on_end: OnEnd | None = None  # of a load
+
+    def tokens_by_tier(self) -> dict[TierName, int]:
+        """How many tokens it moves from or to each tier."""
+        counts: dict[TierName, int] = {}
+        for part in self.parts:
+            counts[part.tier] = counts.get(part.tier, 0) + part.end - part.first
+        return counts
+
+
+@define(eq=False)
+class Mover:
+    """Owned by the step thread. Jobs in flight hold their blocks and pin their chunks."""
+
+    cache: PrefixCache
+    tiers: LowerTiers
+    rates: Rates
+    overlaps: bool  # whether copies and compute run side by side
+    namespace: str
+    loaded_tokens: dict[str, int] = field(factory=lambda: {"host": 0, "disk": 0})
+    failed_loads: int = 0
+    _planned: list[Job] = field(factory=list, init=False)
+    _in_flight: set[Job] = field(factory=set, init=False)
+
+    def drain(self) -> list[Job]:
+        """The jobs that were planned since the last call, to be carried out in this order."""
+        jobs, self._planned = self._planned, []
+        self._in_flight.update(jobs)
+        return jobs
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight) + len(self._planned)
+
+    # ---- saving
+
+    def save(self, lease: Lease, token_ids: TokenArray, now: float) -> None:
+        """Plan to save what of this log no lower tier has; the lease may be released after."""
+        chunks = self.tiers.begin_save(token_ids, now)
+        if not chunks:
+            return
+        parts = [
+            Part(
+                start=chunk.start,
+                num_tokens=len(chunk.token_ids),
+                first=chunk.start,
+                end=chunk.end,
+                view=self.tiers.slot_view(chunk),
+            )
+            for chunk in chunks
+        ]
+        self._planned.append(
+            Job(
+                is_load=False,
+                parts=tuple(parts),
+                chunks=tuple(chunks),
+                block_ids=tuple(lease.block_ids),
+                lease=self.cache.share(lease),
+            )
+        )
+
+    # ---- loading
+
+    def planned_tokens(self, load: Load) -> dict[TierName, int]:
+        """What a load that was just planned will bring."""
+        (job,) = [job for job in self._planned if job.on_end == load.ended]
+        return job.tokens_by_tier()
+
+    def load(self, token_ids: TokenArray, lease: Lease, now: float) -> Load | None:
+        """Plan to load what a fresh lease lacks of `token_ids`; None where computing is faster."""
+        prefix = self.tiers.match(token_ids)
+        span = self._span(lease.num_cached_tokens, prefix)
+        if span is None:
+            return None
+        self.tiers.hit(prefix, now)
+        load = Load(*span)
+        self._load(prefix, span, lease.block_ids, load.ended)
+        return load
+
+    def prefetch(self, token_ids: TokenArray, now: float) -> bool:
+        """Plan to bring a log's KV to the device, where that is faster than computing it. False if
+        there is no room now."""
+        have_tokens = self.cache.peek(token_ids, self.namespace)
+        prefix = self.tiers.match(token_ids)
+        span = self._span(have_tokens, prefix)
+        if span is None or span[0] > have_tokens:
+            return True
+        got = self.cache.acquire(
+            token_ids[: prefix.num_tokens + 1],
+            num_tokens=prefix.num_tokens,
+            now=now,
+            namespace=self.namespace,
+            max_cached_tokens=have_tokens - have_tokens % self.cache.block_tokens,
+        )
+        if got is None:
+            return False
+        lease, _ = got  # nothing to copy: it begins at a block
+        span = (lease.num_cached_tokens, span[1])
+
+        def end(tokens_by_tier: Mapping[TierName, int] | None, now: float) -> None:
+            if tokens_by_tier is not None:
+                self.cache.commit(lease, token_ids[: span[1]], now)
+            self.cache.release(lease)
+
+        self._load(prefix, span, lease.block_ids, end)
+        return True
+
+    def _span(self, have_tokens: int, prefix: StoredPrefix) -> tuple[int, int] | None:
+        if prefix.num_tokens <= have_tokens:
+            return None
+        pieces = [
+            Piece(chunk.start, min(chunk.end, prefix.num_tokens), _tier(chunk))
+            for chunk in prefix.chunks
+        ]
+        start = load_from(
+            have_tokens, pieces, self.tiers.token_bytes, self.rates, overlaps=self.overlaps
+        )
+        return None if start is None else (start, prefix.num_tokens)
+
+    def _load(
+        self, prefix: StoredPrefix, span: tuple[int, int], block_ids: Sequence[int], on_end: OnEnd
+    ) -> None:
+        start, end = span
+        chunks = [chunk for chunk in prefix.chunks if chunk.end > start]
+        self.tiers.pin(chunks)
+        parts = []
+        for chunk in chunks:
+            in_host = chunk.host is not None and chunk.host.is_ready
+            parts.append(
+                Part(
+                    start=chunk.start,
+                    num_tokens=len(chunk.token_ids),
+                    first=max(chunk.start, start),
+                    end=min(chunk.end, end),
+                    view=self.tiers.slot_view(chunk) if in_host else None,
+                    record=None if in_host else self.tiers.record(chunk),
+                )
+            )
+        block_tokens = self.cache.block_tokens
+        held = tuple(block_ids[start // block_tokens : -(-end // block_tokens)])
+        self.cache.hold(held)
+        self._planned.append(
+            Job(
+                is_load=True,
+                parts=tuple(parts),
+                chunks=tuple(chunks),
+                block_ids=tuple(block_ids),
+                held=held,
+                on_end=on_end,
+            )
+        )
+
+    def finished(self, job: Job, seconds: dict[str, float] | None, now: float) -> None:
+        """A job has ended: `seconds` that each tier took, or None if it failed."""
+        self._in_flight.discard(job)
+        self.cache.unhold(job.held)
+        if job.lease is not None:
+            self.cache.release(job.lease)
+            self.tiers.end_save(job.chunks, copied=seconds is not None)
+            return
+        self.tiers.unpin(job.chunks)
+        counts = None if seconds is None else job.tokens_by_tier()
+        if seconds is None or counts is None:
+            self.failed_loads += 1
+        else:
+            for tier, num_tokens in counts.items():
+                self.loaded_tokens[tier] += num_tokens
+                self.rates.note_load(tier, num_tokens * self.tiers.token_bytes, seconds[tier])
+        assert job.on_end is not None
+        job.on_end(counts, now)
+
+
+def _tier(chunk: Chunk) -> str:
+    return "host" if chunk.host is not None and chunk.host.is_ready else "disk"
+
+
+def prefill_cost_tokens(spans: Sequence[tuple[int, int]]) -> float:
+    """What a step's prefill chunks cost, in tokens at depth 0."""
+    return sum(cost_tokens(start, end) for start, end in spans)

@@ -1,0 +1,153 @@
+"""TransferThread: copies KV between the device's pool and the tiers below it, beside the steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from attrs import define, field
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from agentrt.cache.tier import Tier
+    from agentrt.mover import Job, Part
+
+    Bytes = npt.NDArray[np.uint8]
+
+# Takes the seconds that each tier took, None where the disk missed, or a bug.
+Done = Callable[["Job", dict[str, float] | Exception | None], None]
+
+
+class Copier(Protocol):
+    """Moves one chunk's bytes; `sync` waits until the moves so far are done."""
+
+    def save(self, part: Part, block_ids: tuple[int, ...]) -> None: ...
+
+    def load(self, part: Part, source: Any, block_ids: tuple[int, ...]) -> None: ...
+
+    def sync(self) -> None: ...
+
+
+@define
+class HostCopier:
+    """Copies where the pool is in host memory. numpy frees the GIL and starts no threads: torch
+    would give this thread a second OpenMP pool (see `step_thread`).
+
+    pool: bytes [layers, 2, blocks, kv_heads, block_tokens, dim * item bytes].
+    A chunk's bytes: [layers, 2, kv_heads, tokens, dim * item bytes].
+    """
+
+    pool: Bytes
+
+    def save(self, part: Part, block_ids: tuple[int, ...]) -> None:
+        for pool, chunk in self._places(part, part.view, block_ids):
+            chunk[...] = pool
+
+    def load(self, part: Part, source: Bytes, block_ids: tuple[int, ...]) -> None:
+        for pool, chunk in self._places(part, source, block_ids):
+            pool[...] = chunk
+
+    def sync(self) -> None:
+        """Copies are done when they return."""
+
+    def _places(
+        self, part: Part, chunk: Bytes, block_ids: tuple[int, ...]
+    ) -> list[tuple[Bytes, Bytes]]:
+        """(place in the pool, place in the chunk) for each block that the part touches."""
+        layers, _, _, heads, block_tokens, row_bytes = self.pool.shape
+        whole = chunk.reshape(layers, 2, heads, part.num_tokens, row_bytes)
+        places = []
+        position = part.first
+        while position < part.end:
+            index, offset = divmod(position, block_tokens)
+            num = min(block_tokens - offset, part.end - position)
+            inside = position - part.start
+            places.append(
+                (
+                    self.pool[:, :, block_ids[index], :, offset : offset + num],
+                    whole[:, :, :, inside : inside + num],
+                )
+            )
+            position += num
+        return places
+
+
+@define(eq=False)
+class TransferThread:
+    """Carries out jobs one after the other, loads before saves.
+
+    `_changed` guards the queues and `_closed`; `done` is called on this thread.
+    """
+
+    copier: Copier
+    disk: Tier | None
+    done: Done
+    clock: Callable[[], float] = time.monotonic
+    _loads: deque[Job] = field(factory=deque, init=False)
+    _saves: deque[Job] = field(factory=deque, init=False)
+    _changed: threading.Condition = field(factory=threading.Condition, init=False)
+    _closed: bool = field(default=False, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Never waits."""
+        with self._changed:
+            (self._loads if job.is_load else self._saves).append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._main, name="agentrt-transfer", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Finish the jobs that are queued, and end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _main(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                result: dict[str, float] | Exception | None = self._run(job)
+            except Exception as exc:
+                result = exc  # raised again on the step thread, which fails every waiter
+            self.done(job, result)
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while not self._loads and not self._saves:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            return self._loads.popleft() if self._loads else self._saves.popleft()
+
+    def _run(self, job: Job) -> dict[str, float] | None:
+        seconds: dict[str, float] = {}
+        for part in job.parts:
+            begin = self.clock()
+            if not job.is_load:
+                self.copier.save(part, job.block_ids)
+            elif part.record is None:
+                self.copier.load(part, part.view, job.block_ids)
+            elif not self._load_from_disk(part, job.block_ids):
+                return None
+            seconds[part.tier] = seconds.get(part.tier, 0.0) + self.clock() - begin
+        self.copier.sync()
+        return seconds
+
+    def _load_from_disk(self, part: Part, block_ids: tuple[int, ...]) -> bool:
+        assert self.disk is not None
+        assert part.record is not None
+        bytes_read = np.empty(part.record.num_bytes, dtype=np.uint8)
+        if not self.disk.read(part.record, [bytes_read]):
+            return False
+        self.copier.load(part, bytes_read, block_ids)
+        return True

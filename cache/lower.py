@@ -1,0 +1,442 @@
+"""The tiers below the device: what is saved into host RAM and on disk, found again, and let go."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, final
+
+from attrs import frozen
+
+from agentrt.cache.chunk import Chunk, ChunkIndex, Holding, StoredPrefix
+from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState, TierRates, inherit
+from agentrt.cache.host import HostTier
+from agentrt.cache.node import TokenArray
+from agentrt.cache.tier import Record, Tier, TierStats
+
+TierName = Literal["host", "disk"]
+
+
+@frozen(kw_only=True)
+class LowerStats:
+    """A snapshot; bytes are of now, tokens count from the opening."""
+
+    num_chunks: int
+    host_bytes: int  # in use
+    host_limit_bytes: int
+    saved_tokens: int
+    unsaved_tokens: int  # that found no room
+    host_evicted_tokens: int
+    disk: TierStats | None
+
+
+@final
+class LowerTiers:
+    """Host tier and disk tier behind one index of chunks. Owned by one thread.
+
+    A chunk is saved to the host tier first (`begin_save`, the caller copies, `end_save`), which
+    queues it for the disk. `keeps_host=False` makes the host tier a mere way station.
+
+    Invariant: a chunk in transfer is pinned, and what is pinned in the host tier is not evicted;
+    `_writing` holds the chunks pinned for the disk's writer, each once.
+    """
+
+    def __init__(
+        self,
+        index: ChunkIndex,
+        host: HostTier,
+        disk: Tier | None,
+        *,
+        token_bytes: int,
+        keeps_host: bool,
+        clock: Callable[[], float],  # of `now`
+        wall_clock: Callable[[], float],  # of records
+        host_rates: TierRates | None = None,
+        disk_rates: TierRates | None = None,
+    ) -> None:
+        self.token_bytes = token_bytes
+        self._index = index
+        self._host = host
+        self._disk = disk
+        self._keeps_host = keeps_host
+        self._wall_ahead_s = wall_clock() - clock()
+        self._queues: dict[TierName, EvictionQueue[Holding]] = {
+            "host": EvictionQueue(host_rates),
+            "disk": EvictionQueue(disk_rates),
+        }
+        self._writing: dict[bytes, Chunk] = {}
+        self._to_write: dict[bytes, Chunk] = {}  # refused by the disk so far
+        self._now = clock()  # the newest time that a caller told
+        self._saved_tokens = 0
+        self._unsaved_tokens = 0
+        self._host_evicted_tokens = 0
+        if disk is not None:
+            self._take_in(disk.scan())
+
+    def __repr__(self) -> str:
+        return f"<LowerTiers {len(self._index)} chunks, {self._host!r}, {self._disk!r}>"
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._index.chunk_tokens
+
+    # ---- reading
+
+    def match(self, token_ids: TokenArray) -> StoredPrefix:
+        """The longest stored prefix; changes nothing."""
+        return self._index.match(token_ids)
+
+    def pin(self, chunks: Iterable[Chunk]) -> None:
+        """Keep the bytes of these where they are until `unpin`."""
+        for chunk in chunks:
+            chunk.num_pins += 1
+
+    def unpin(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.num_pins -= 1
+            self._settle(chunk)
+
+    def hit(self, prefix: StoredPrefix, now: float) -> None:
+        """Note that a request read this prefix."""
+        self._now = now
+        for chunk in prefix.chunks:
+            chunk.last_used_s = max(chunk.last_used_s, now)
+            chunk.num_hits += 1
+        if self._disk is not None:
+            held = [chunk.key for chunk in prefix.chunks if chunk.disk is not None]
+            self._disk.touch(held, now + self._wall_ahead_s)
+
+    def slot_view(self, chunk: Chunk) -> Any:
+        """The chunk's bytes in the host tier."""
+        assert chunk.host is not None
+        return self._host.view(chunk.host.slot, self._num_bytes(chunk))
+
+    def record(self, chunk: Chunk) -> Record:
+        """The chunk as the disk tier knows it."""
+        assert chunk.parent is not None
+        return Record(
+            key=chunk.key,
+            parent=chunk.parent.key,
+            token_ids=chunk.token_ids,
+            start=chunk.start,
+            num_bytes=self._num_bytes(chunk),
+            last_used_s=chunk.last_used_s + self._wall_ahead_s,
+        )
+
+    # ---- writing
+
+    def begin_save(self, token_ids: TokenArray, now: float) -> list[Chunk]:
+        """Chunks of this log that no tier holds, pinned, each with a slot to copy its bytes to.
+
+        Evicts what is worth least from the host tier; ends early where there is no room.
+        """
+        self._now = now
+        path: list[Chunk] = []
+        fresh: list[Chunk] = []
+        node = self._index.root
+        for start in range(0, len(token_ids), self.chunk_tokens):
+            tokens = token_ids[start : start + self.chunk_tokens]
+            chunk = self._index.find(node, tokens)
+            if chunk is None and self._is_covered(node, tokens):
+                break
+            chunk = chunk or self._index.add(node, tokens, now)
+            if chunk is None:
+                break
+            chunk.last_used_s = max(chunk.last_used_s, now)
+            chunk.num_pins += 1
+            path.append(chunk)
+            if chunk.host is None and chunk.disk is None:
+                slot = self._reserve_slot(now)
+                if slot is None:
+                    self._unsaved_tokens += len(token_ids) - start
+                    break
+                self._hold(chunk, "host", slot)
+                fresh.append(chunk)
+            node = chunk
+        self.unpin(chunk for chunk in path if chunk not in fresh)
+        return fresh
+
+    def end_save(self, chunks: Sequence[Chunk], *, copied: bool) -> None:
+        """Take what was copied in, or give the slots back."""
+        for chunk in chunks:
+            assert chunk.host is not None
+            chunk.host.is_ready = copied
+            chunk.num_pins -= 1
+            if not copied:
+                self._let_go(chunk, "host")
+                continue
+            self._saved_tokens += len(chunk.token_ids)
+            self._drop_tails(chunk)
+            if self._disk is not None:
+                self._to_write[chunk.key] = chunk
+        self.poll()
+
+    def poll(self) -> None:
+        """Hear what the disk tier did, and offer it what it refused before."""
+        if self._disk is None:
+            return
+        events = self._disk.events()
+        for key in events.written:
+            self._written(key)
+        for key in events.dropped:
+            self._dropped(key)
+        for chunk in list(self._to_write.values()):
+            if not self._write(chunk):
+                break
+
+    def victims(self, num_bytes: int) -> list[bytes]:
+        """What the disk tier should evict to free `num_bytes`: called from within its `put`."""
+        keys: list[bytes] = []
+        needed: list[Holding] = []
+        queue = self._queues["disk"]
+        while num_bytes > 0 and (holding := queue.pop(self._now)) is not None:
+            if any(child.key in self._writing for child in holding.chunk.children):
+                needed.append(holding)  # what is being put goes on from here
+                continue
+            num_bytes -= self._num_bytes(holding.chunk)
+            keys.append(holding.chunk.key)
+            self._let_go(holding.chunk, "disk")
+        for holding in needed:
+            queue.offer(holding)
+        return keys
+
+    # ---- letting go
+
+    def mark(
+        self, token_ids: TokenArray, state: SessionState, now: float, expected_s: float | None
+    ) -> None:
+        """Tell eviction what the session whose log is `token_ids` does."""
+        prefix = self.match(token_ids)
+        if not prefix.chunks or prefix.num_tokens < len(token_ids) - self.chunk_tokens:
+            return
+        last = prefix.chunks[-1]
+        if state in DEAD_STATES and last.children:
+            return  # others go on from here
+        last.state, last.marked_s, last.expected_s = state, now, expected_s
+        self._offer(last)
+
+    def forget(self, token_ids: TokenArray, keep_tokens: int, *, erase: bool) -> None:
+        """Drop this log's own chunks beyond `keep_tokens`; with `erase` their bytes are overwritten
+        (on disk once the tier was flushed). What other logs share stays."""
+        chunk = self._deepest(token_ids)
+        keys: list[bytes] = []
+        while chunk is not None and chunk.parent is not None and not chunk.children:
+            if chunk.end <= keep_tokens:
+                break
+            parent = chunk.parent
+            if erase and chunk.host is not None:
+                self._host.wipe(chunk.host.slot)
+            keys.append(chunk.key)
+            self._discard(chunk)
+            chunk = parent
+        if self._disk is not None and keys:
+            (self._disk.erase if erase else self._disk.drop)(keys)
+
+    @property
+    def wants_poll(self) -> bool:
+        """Whether the disk tier should soon be asked again."""
+        return bool(self._to_write)
+
+    def wait_until_erased(self) -> None:
+        """Wait for the disk tier; any thread may."""
+        if self._disk is not None:
+            self._disk.flush()
+
+    def flush(self) -> None:
+        """Wait until the disk tier has all that it will take."""
+        if self._disk is None:
+            return
+        num_left = -1
+        while num_left != len(self._to_write):
+            num_left = len(self._to_write)
+            self._disk.flush()
+            self.poll()
+
+    def close(self) -> None:
+        """Write what is left, and let go of the disk tier."""
+        self.flush()
+        if self._disk is not None:
+            self._disk.close()
+
+    def stats(self) -> LowerStats:
+        return LowerStats(
+            num_chunks=len(self._index),
+            host_bytes=self._host.used_bytes,
+            host_limit_bytes=self._host.num_slots * self._host.slot_bytes,
+            saved_tokens=self._saved_tokens,
+            unsaved_tokens=self._unsaved_tokens,
+            host_evicted_tokens=self._host_evicted_tokens,
+            disk=None if self._disk is None else self._disk.stats(),
+        )
+
+    def check(self) -> None:
+        """Raise CacheCorrupt unless index, slots and queues agree; for tests, it reads all."""
+        self._index.check()
+        self._host.check()
+        for name, queue in self._queues.items():
+            held = [h for h in (getattr(chunk, name) for chunk in self._index) if h is not None]
+            queue.check(h for h in held if not h.num_children and not h.chunk.num_pins)
+
+    # ---- inside
+
+    def _num_bytes(self, chunk: Chunk) -> int:
+        return len(chunk.token_ids) * self.token_bytes
+
+    def _take_in(self, records: Iterable[Record]) -> None:
+        for record in records:
+            parent = self._index.get(record.parent)
+            if parent is None and record.parent == self._index.root.key:
+                parent = self._index.root
+            if parent is None or parent.end != record.start:
+                continue
+            now = record.last_used_s - self._wall_ahead_s
+            chunk = self._index.add(parent, record.token_ids, now)
+            if chunk is not None and chunk.key == record.key:
+                self._hold(chunk, "disk").is_ready = True
+            elif chunk is not None:
+                self._index.prune(chunk)
+
+    def _is_covered(self, node: Chunk, tokens: TokenArray) -> bool:
+        """Whether a longer chunk holds this tail already."""
+        if len(tokens) == self.chunk_tokens:
+            return False
+        size = len(tokens)
+        return any(
+            child.is_readable and len(child.token_ids) > size and same(child.token_ids, tokens)
+            for child in node.children
+        )
+
+    def _drop_tails(self, chunk: Chunk) -> None:
+        """Drop the tails of which `chunk` is the continuation."""
+        assert chunk.parent is not None
+        keys = []
+        for other in list(chunk.parent.children):
+            is_shorter = len(other.token_ids) < len(chunk.token_ids)
+            if is_shorter and not other.num_pins and same(chunk.token_ids, other.token_ids):
+                keys.append(other.key)
+                self._discard(other)
+        if keys and self._disk is not None:
+            self._disk.drop(keys)
+
+    def _deepest(self, token_ids: TokenArray) -> Chunk | None:
+        """The last chunk of this log that the index knows, readable or not."""
+        node = self._index.root
+        for start in range(0, len(token_ids), self.chunk_tokens):
+            tokens = token_ids[start : start + self.chunk_tokens]
+            child = self._index.find(node, tokens)
+            if child is None:
+                tails = [c for c in node.children if same(tokens, c.token_ids)]
+                return max(tails, key=lambda c: c.end, default=node)
+            node = child
+        return node
+
+    def _reserve_slot(self, now: float) -> int | None:
+        slot = self._host.take()
+        if slot is not None:
+            return slot
+        pinned: list[Holding] = []
+        queue = self._queues["host"]
+        while (holding := queue.pop(now)) is not None:
+            if not holding.chunk.num_pins:
+                self._host_evicted_tokens += holding.num_tokens
+                self._let_go(holding.chunk, "host")
+                break
+            pinned.append(holding)
+        for other in pinned:
+            queue.offer(other)
+        return self._host.take()
+
+    def _hold(self, chunk: Chunk, tier: TierName, slot: int = -1) -> Holding:
+        num_children = sum(getattr(child, tier) is not None for child in chunk.children)
+        holding = Holding(chunk, slot, num_children=num_children)
+        setattr(chunk, tier, holding)
+        if tier == "host":
+            holding.is_below = chunk.disk is not None
+        elif chunk.host is not None:
+            chunk.host.is_below = True
+        assert chunk.parent is not None
+        above: Holding | None = getattr(chunk.parent, tier)
+        if above is not None:
+            above.num_children += 1
+        self._queues[tier].offer(holding)
+        return holding
+
+    def _let_go(self, chunk: Chunk, tier: TierName) -> None:
+        """Take a tier's copy out of the books."""
+        holding: Holding | None = getattr(chunk, tier)
+        if holding is None:
+            return
+        holding.attached = False
+        setattr(chunk, tier, None)
+        if tier == "host":
+            self._host.give(holding.slot)
+            self._to_write.pop(chunk.key, None)
+        elif chunk.host is not None:
+            chunk.host.is_below = False
+            self._queues["host"].offer(chunk.host)
+        assert chunk.parent is not None
+        above: Holding | None = getattr(chunk.parent, tier)
+        if above is not None:
+            above.num_children -= 1
+            inherit(above, holding)
+            self._queues[tier].offer(above)
+        self._index.prune(chunk)
+
+    def _discard(self, chunk: Chunk) -> None:
+        """Take a chunk out of the books of all tiers; the caller tells the disk tier."""
+        if self._writing.pop(chunk.key, None) is not None:
+            chunk.num_pins -= 1
+        self._let_go(chunk, "disk")
+        self._let_go(chunk, "host")
+
+    def _offer(self, chunk: Chunk) -> None:
+        for holding, queue in (
+            (chunk.host, self._queues["host"]),
+            (chunk.disk, self._queues["disk"]),
+        ):
+            if holding is not None:
+                queue.offer(holding)
+
+    def _settle(self, chunk: Chunk) -> None:
+        """After a pin is gone: free a way station, and forget what nothing holds any more."""
+        if chunk.num_pins:
+            return
+        is_safe = chunk.disk is not None and chunk.disk.is_ready
+        if chunk.host is not None and not self._keeps_host and is_safe:
+            self._let_go(chunk, "host")
+        self._index.prune(chunk)
+
+    def _write(self, chunk: Chunk) -> bool:
+        assert self._disk is not None
+        if chunk.disk is not None or chunk.host is None:
+            del self._to_write[chunk.key]
+            return True
+        self._writing[chunk.key] = chunk
+        chunk.num_pins += 1
+        if not self._disk.put(self.record(chunk), [self.slot_view(chunk)]):
+            del self._writing[chunk.key]
+            chunk.num_pins -= 1
+            return False
+        del self._to_write[chunk.key]
+        self._hold(chunk, "disk")
+        return True
+
+    def _written(self, key: bytes) -> None:
+        chunk = self._writing.pop(key, None)
+        if chunk is not None:
+            if chunk.disk is not None:
+                chunk.disk.is_ready = True
+            self.unpin([chunk])
+
+    def _dropped(self, key: bytes) -> None:
+        written = self._writing.pop(key, None)
+        chunk = self._index.get(key) if written is None else written
+        if chunk is None:
+            return
+        if written is not None:
+            chunk.num_pins -= 1
+        self._let_go(chunk, "disk")
+        self._settle(chunk)
+
+
+def same(longer: TokenArray, shorter: TokenArray) -> bool:
+    """Whether `shorter` is a beginning of `longer`."""
+    size = len(shorter)
+    return size <= len(longer) and bool((longer[:size] == shorter).all())
