@@ -1,4 +1,4 @@
-"""The command line: `python -m agentrt run | chat | bench | info`."""
+"""The command line: `python -m agentrt run | chat | bench | info | cache`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from agentrt import __version__, cli_bench, cli_dialogue, cli_info
+from agentrt import __version__, cli_bench, cli_cache, cli_dialogue, cli_info
 from agentrt.errors import AgentrtError
 
 EXIT_ERROR = 1
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_dialogue.add_chat_parser(commands)
     cli_bench.add_bench_parser(commands)
     cli_info.add_info_parser(commands)
+    cli_cache.add_cache_parser(commands)
     return parser
 
 

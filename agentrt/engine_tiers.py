@@ -29,7 +29,7 @@ logger = logging.getLogger("agentrt")
 CHUNK_TOKENS = 64
 MOST_STAGING_BYTES = 1 << 30  # of the way station to the disk, where there is no host tier
 PREFILL_S_PER_TOKEN = {"cpu": 1e-3, "cuda": 2e-5}  # until the first prefill is measured
-LRU = TierRates(attention_knee_tokens=1e18)  # every node is worth the same but for its age
+LRU = TierRates(predicts=False)
 STORE_FOLDER = "kv"
 
 

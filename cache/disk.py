@@ -242,6 +242,11 @@ class DiskTier:
         with self._changed:
             return self._table.get(key) is not None
 
+    def keys(self) -> list[bytes]:
+        """The keys of all records, of any fingerprint."""
+        with self._changed:
+            return [entry.key for entry in self._table]
+
     def contents(self) -> list[Contents]:
         """What the folder holds of each fingerprint, the largest first."""
         with self._changed:

@@ -74,6 +74,7 @@ class TierRates:
     load_s_per_token: float = 0.0  # from the tier itself; none from the device
     below_load_s_per_token: float = math.inf  # from the tier below, where that has the node too
     token_bytes: int = field(default=1, validator=gt(0))
+    predicts: bool = True  # False: every node counts the same but for its age, which is plain LRU
 
 
 class NodeFacts(Protocol):
@@ -171,6 +172,8 @@ def use_chance(node: NodeFacts, now: float) -> float:
 
 def weight(node: NodeFacts, now: float, rates: TierRates) -> float:
     """Chance times saving per byte, a power of two of it, so that there are few weights."""
+    if not rates.predicts:
+        return 1.0
     rate = saving_s(node, rates) / (node.num_tokens * rates.token_bytes)
     return use_chance(node, now) * 2.0 ** (math.frexp(rate)[1] - 1) if rate else 0.0
 

@@ -156,7 +156,7 @@ async def test_stats_count_what_happened():
         assert (stats.prompt_tokens, stats.cached_tokens, stats.computed_tokens) == (20, 9, 11)
         assert (stats.output_tokens, stats.steps) == (12, 12)
         assert stats.running == stats.waiting == 0
-        assert stats.kv_used_bytes == (stats.kv_blocks - stats.kv_free_blocks) * 4
+        assert stats.kv_used_bytes == (stats.kv_blocks - stats.kv_free_blocks) * 64
         assert 0 <= stats.overhead <= 1
         assert "running=0" in repr(engine)
 
