@@ -1,13 +1,13 @@
-"""The operations that a model is made of: one typed signature each.
+"""What a model asks of a device: one typed signature each.
 
-`dispatch.choose_ops` picks an implementation once, when an engine starts:
-`reference` (plain torch, any device, the oracle of the tests) or `cpu` (the fast CPU path).
+`dispatch.choose_compute` picks an implementation once, when an engine starts: `reference` (plain
+torch, any device, the oracle of the tests), `cpu` (the fast CPU path) or `cuda` (Triton).
 Models call these and never look at the device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import frozen
 
@@ -29,47 +29,76 @@ class Segment:
     block_ids: tuple[int, ...]
 
 
-class AttentionPlan(Protocol):
-    """The attention of one step: all that does not depend on the layer's values is done."""
+@frozen
+class Geometry:
+    """What all attention layers of a model have in common."""
 
-    def append_kv(self, layer: int, key_value: Tensor) -> None:
-        """Write the rows' own key_value [rows, 2, kv_heads, dim] into the pool."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    cos: Tensor  # as `Ops.pack_rotation` made them
+    sin: Tensor
 
-    def attend(self, layer: int, query: Tensor) -> Tensor:
-        """Causal attention of query [rows, heads, dim] over each row's own context, to which the
-        rows' own keys and values were appended before. Returns [rows, heads, dim]."""
+
+@frozen
+class StepInputs:
+    """The rows of one forward: tokens of the whole batch, flattened."""
+
+    token_ids: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    segments: tuple[Segment, ...]  # those of one row first
+    kv: Tensor  # [layers, 2, blocks, kv_heads, block_tokens, dim]: the pool of keys and values
+    output_rows: Tensor  # [outputs]: the rows whose logits are wanted
 
 
 class Linear(Protocol):
-    """A weight matrix that was packed for one device: y = x W^T (+ bias)."""
+    """A weight matrix [out, in] that was packed for one device, with its bias if it has one."""
 
-    def __call__(self, x: Tensor) -> Tensor:  # [rows, in] -> [rows, out]
-        ...
+
+# Rows after a norm, in the form in which a step's products read them: only a step looks inside.
+Normal = Any
+
+
+class Step(Protocol):
+    """One forward. A device may fuse whatever stands in one method."""
+
+    def embed(self, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]:
+        """The rows' embeddings [rows, hidden], and their norm."""
+
+    def linear(self, x: Normal, linear: Linear) -> Tensor:
+        """x W^T (+ bias), [rows, out]."""
+
+    def attend(self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Norm (if `norms`) and rotate queries and keys of qkv [rows, (heads + 2 * kv_heads) *
+        dim], append keys and values to the pool, and let each row attend to its own context.
+        Returns [rows, heads * dim]; qkv may be overwritten."""
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
+    ) -> Normal:
+        """hidden += x W^T, in place, and its norm: of all rows, or of the output rows."""
+
+    def gate_up(self, x: Normal, linear: Linear) -> Tensor:
+        """silu(gate) * up, where the matrix holds gate's rows and then up's (Shazeer 2020)."""
+
+    def logits(self, x: Normal, linear: Linear) -> Tensor:
+        """The output rows' logits [outputs, vocab], float32."""
 
 
 class Ops(Protocol):
-    """Every operation on the device. Rows are tokens of the whole batch, flattened."""
+    """One device's way to compute."""
 
     @property
     def name(self) -> str:
         """What `Engine.stats()` calls it."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Prepare a [out, in] matrix for `Linear.__call__`; the argument may be freed after."""
+        """Prepare a [out, in] matrix; the argument may be freed after."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, in float32 (Zhang, Sennrich 2019)."""
+    def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of angles [context, dim / 2] (rotary embedding, half-split form, Su et
+        al. 2021), on the device and, if need be, in the dtype of `like`."""
 
-    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotary embedding in place, half-split form: x [rows, heads, dim]; cos, sin
-        [rows, 1, dim], where the first half of sin carries the minus sign (Su et al. 2021)."""
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of a [rows, 2 * width] tensor (Shazeer 2020)."""
-
-    def plan_attention(
-        self, segments: tuple[Segment, ...], kv: Tensor, num_heads: int
-    ) -> AttentionPlan:
-        """Prepare one step. kv [layers, 2, blocks, kv_heads, block_tokens, dim] is the pool of
-        keys and values. Segments of one row must come first.
-        """
+    def plan_step(self, inputs: StepInputs, geometry: Geometry) -> Step:
+        """Prepare one forward."""

@@ -70,7 +70,7 @@ class SegmentPlan:
 
 @frozen
 class CpuPlan:
-    """See `agentrt.kernels.AttentionPlan`.
+    """See `agentrt.kernels.plain.AttentionPlan`.
 
     Decode rows (segments of one row) come first in the batch and are merged together.
 

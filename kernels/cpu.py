@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from agentrt.kernels import Linear, Segment, attention_cpu
+from agentrt.kernels import Geometry, Linear, Segment, StepInputs, attention_cpu
 from agentrt.kernels.attention_cpu import CpuPlan
 from agentrt.kernels.linear_cpu import Int8Linear, TiledLinear
+from agentrt.kernels.plain import PlainStep, plain_rotation
 from agentrt.kernels.reference import DenseLinear
 
 LinearKind = Literal["dense", "tiled", "int8"]
@@ -25,7 +26,7 @@ _PACK: dict[LinearKind, Callable[[Tensor, Tensor | None], Linear]] = {
 
 @frozen
 class CpuOps:
-    """See `agentrt.kernels.Ops`."""
+    """See `agentrt.kernels.Ops` and `agentrt.kernels.plain.PlainOps`."""
 
     linear_kind: LinearKind
 
@@ -36,6 +37,12 @@ class CpuOps:
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         pack = _PACK[self.linear_kind]
         return pack(weight, bias)
+
+    def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_rotation(angles, like)
+
+    def plan_step(self, inputs: StepInputs, geometry: Geometry) -> PlainStep:
+        return PlainStep.plan(self, inputs, geometry)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from agentrt.kernels import Segment
+from agentrt.kernels import Geometry, Segment, StepInputs
+from agentrt.kernels.plain import PlainStep, plain_rotation
 
 
 @frozen
 class ReferencePlan:
-    """See `agentrt.kernels.AttentionPlan`."""
+    """See `agentrt.kernels.plain.AttentionPlan`."""
 
     segments: tuple[Segment, ...]
     kv: Tensor
@@ -54,10 +55,16 @@ class DenseLinear:
 
 @frozen
 class ReferenceOps:
-    """See `agentrt.kernels.Ops`."""
+    """See `agentrt.kernels.Ops` and `agentrt.kernels.plain.PlainOps`."""
 
     device: torch.device
     name: str = "torch-reference"
+
+    def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_rotation(angles, like)
+
+    def plan_step(self, inputs: StepInputs, geometry: Geometry) -> PlainStep:
+        return PlainStep.plan(self, inputs, geometry)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> DenseLinear:
         return DenseLinear(weight, bias)

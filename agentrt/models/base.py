@@ -13,7 +13,7 @@ from agentrt.errors import ModelUnsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agentrt.kernels import Segment
+    from agentrt.kernels import Segment, Step
 
 
 @frozen(kw_only=True)
@@ -86,6 +86,9 @@ class Model(Protocol):
         output_rows: Tensor,  # [outputs]: the rows whose logits are wanted
     ) -> Tensor:  # [outputs, vocab], float32
         ...
+
+    def run(self, step: Step) -> Tensor:
+        """The same, for a step that was planned already."""
 
 
 # Keys that carry no computation, or that another part reads.

@@ -12,7 +12,7 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from agentrt.kernels import Linear, Ops, Segment
+from agentrt.kernels import Geometry, Linear, Ops, Segment, Step, StepInputs
 from agentrt.models.base import ModelSpec
 
 
@@ -22,8 +22,7 @@ class Layer:
 
     attention_norm: Tensor
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: tuple[Tensor, Tensor] | None  # of queries and of keys
     output: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -68,8 +67,7 @@ class LlamaModel:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Linear
-    cos: Tensor  # [max_context, 1, dim]
-    sin: Tensor  # the same; its first half carries the minus sign of the rotation
+    geometry: Geometry
 
     @classmethod
     def build(
@@ -84,8 +82,11 @@ class LlamaModel:
             builder.parts["model.norm.weight"],
         )
         head = ops.pack_linear(builder.parts.get("lm_head.weight", embedding), None)
-        cos, sin = rotation_tables(spec, max_context, embedding.device, embedding.dtype)
-        return cls(spec, ops, embedding, tuple(builder.layers), norm, head, cos, sin)
+        cos, sin = ops.pack_rotation(rotation_angles(spec, max_context), embedding)
+        geometry = Geometry(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.norm_eps, cos, sin
+        )
+        return cls(spec, ops, embedding, tuple(builder.layers), norm, head, geometry)
 
     def forward(
         self,
@@ -95,33 +96,20 @@ class LlamaModel:
         kv: Tensor,
         output_rows: Tensor,
     ) -> Tensor:
-        hidden = self.embedding[token_ids]
-        rotation = self.cos[positions], self.sin[positions]
-        eps, ops = self.spec.norm_eps, self.ops
-        plan = ops.plan_attention(segments, kv, self.spec.num_heads)
-        for index, layer in enumerate(self.layers):
-            x = ops.rms_norm(hidden, layer.attention_norm, eps)
-            query, key_value = self._heads(layer, x, rotation)
-            plan.append_kv(index, key_value)
-            hidden += layer.output(plan.attend(index, query).flatten(1))
-            x = ops.rms_norm(hidden, layer.mlp_norm, eps)
-            hidden += layer.down(ops.silu_mul(layer.gate_up(x)))
-        outputs = ops.rms_norm(hidden[output_rows], self.norm, eps)
-        return self.head(outputs).float()
+        inputs = StepInputs(token_ids, positions, segments, kv, output_rows)
+        return self.run(self.ops.plan_step(inputs, self.geometry))
 
-    def _heads(
-        self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Query [rows, heads, dim], and key with value [rows, 2, kv_heads, dim], rotated."""
-        spec, ops = self.spec, self.ops
-        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        all_heads = layer.qkv(x).view(-1, heads + 2 * kv_heads, dim)
-        query, key = all_heads[:, :heads], all_heads[:, heads : heads + kv_heads]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query.copy_(ops.rms_norm(query, layer.q_norm, spec.norm_eps))
-            key.copy_(ops.rms_norm(key, layer.k_norm, spec.norm_eps))
-        ops.rotate_(all_heads[:, : heads + kv_heads], *rotation)
-        return query, all_heads[:, heads:].view(-1, 2, kv_heads, dim)
+    def run(self, step: Step) -> Tensor:
+        """Logits of a step that is planned already [outputs, vocab], float32."""
+        hidden, x = step.embed(self.embedding, self.layers[0].attention_norm)
+        following = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        last = len(self.layers) - 1
+        for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
+            attended = step.attend(index, step.linear(x, layer.qkv), layer.head_norms)
+            x = step.add_norm(hidden, attended, layer.output, layer.mlp_norm)
+            gated = step.gate_up(x, layer.gate_up)
+            x = step.add_norm(hidden, gated, layer.down, norm, outputs_only=index == last)
+        return step.logits(x, self.head)
 
 
 class _Builder:
@@ -152,8 +140,9 @@ class _Builder:
         return Layer(
             attention_norm=parts["input_layernorm.weight"],
             qkv=pack(qkv, bias),
-            q_norm=parts.get("self_attn.q_norm.weight"),
-            k_norm=parts.get("self_attn.k_norm.weight"),
+            head_norms=(parts["self_attn.q_norm.weight"], parts["self_attn.k_norm.weight"])
+            if self.spec.qk_norm
+            else None,
             output=pack(parts["self_attn.o_proj.weight"], None),
             mlp_norm=parts["post_attention_layernorm.weight"],
             gate_up=pack(gate_up, None),
@@ -161,11 +150,7 @@ class _Builder:
         )
 
 
-def rotation_tables(
-    spec: ModelSpec, max_context: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [max_context, 1, head_dim] of the half-split rotary embedding."""
+def rotation_angles(spec: ModelSpec, max_context: int) -> Tensor:
+    """The angles [max_context, head_dim / 2] of the rotary embedding."""
     inverse = torch.tensor(spec.rope.inverse_frequencies(spec.head_dim), dtype=torch.float32)
-    angles = torch.arange(max_context, dtype=torch.float32)[:, None] * inverse
-    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
-    return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
+    return torch.arange(max_context, dtype=torch.float32)[:, None] * inverse

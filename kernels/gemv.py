@@ -1,0 +1,194 @@
+"""One row times a weight matrix, at the memory's speed: the products of decoding at batch 1.
+
+A program takes some rows of the weight whole. Its first tile of weights is in registers before it
+waits for the kernel before (see `dependent`), each further one while the last is multiplied. The
+norm of the input is folded in: every program has the whole row anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from attrs import frozen
+from torch import Tensor
+
+from agentrt.kernels.dependent import start_next, wait_previous
+
+# What becomes of the product.
+STORE = 0  # written as it is, in the output's dtype
+ADD = 1  # added to the output
+GATE_UP = 2  # silu(first half) * second half
+
+_STORE = tl.constexpr(STORE)
+_ADD = tl.constexpr(ADD)
+_GATE_UP = tl.constexpr(GATE_UP)
+
+
+@triton.jit
+def _tile(pointers, columns, K: tl.constexpr, BK: tl.constexpr):
+    """A tile of weights, [R, BK]; columns beyond K are zero."""
+    if K % BK == 0:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=columns[None, :] < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _vector(pointer, columns, K: tl.constexpr, BK: tl.constexpr):
+    if K % BK == 0:
+        return tl.load(pointer + columns).to(tl.float32)
+    return tl.load(pointer + columns, mask=columns < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gemv_stage(
+    program,
+    weight,  # [N, K], or [2 * N, K] with GATE_UP
+    bias,  # [N]
+    norm,  # [K]
+    x,  # [K]
+    out,  # [N]
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    rows = program * R + tl.arange(0, R)
+    columns = tl.arange(0, BK)
+    inside = tl.minimum(rows, N - 1)  # rows beyond the end repeat the last, and are not stored
+    pointers = weight + inside[:, None].to(tl.int64) * K + columns[None, :]
+    tile = _tile(pointers, columns, K, BK)
+    if KIND == _GATE_UP:
+        up_pointers = pointers + tl.cast(N, tl.int64) * K
+        up_tile = _tile(up_pointers, columns, K, BK)
+        up = tl.zeros([R, BK], tl.float32)
+    if NORM:
+        scale = _vector(norm, columns, K, BK)
+    start_next(PDL)
+    wait_previous(PDL)
+    squares = tl.zeros([BK], tl.float32)
+    acc = tl.zeros([R, BK], tl.float32)
+    for k in range(0, K - BK, BK):
+        values = _vector(x + k, columns, K, BK)
+        if NORM:
+            squares += values * values
+            values *= scale
+            scale = _vector(norm + k + BK, columns, K - k - BK, BK)
+        acc += tile.to(tl.float32) * values[None, :]
+        tile = _tile(pointers + k + BK, columns + k + BK, K, BK)
+        if KIND == _GATE_UP:
+            up += up_tile.to(tl.float32) * values[None, :]
+            up_tile = _tile(up_pointers + k + BK, columns + k + BK, K, BK)
+    LAST: tl.constexpr = (K - 1) // BK * BK
+    values = _vector(x + LAST, columns, K - LAST, BK)
+    if NORM:
+        squares += values * values
+        values *= scale
+    result = tl.sum(acc + tile.to(tl.float32) * values[None, :], 1)
+    if KIND == _GATE_UP:
+        up_result = tl.sum(up + up_tile.to(tl.float32) * values[None, :], 1)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        result *= factor
+        if KIND == _GATE_UP:
+            up_result *= factor
+    if BIAS:
+        result += tl.load(bias + inside).to(tl.float32)
+    if KIND == _GATE_UP:
+        result = result * tl.sigmoid(result) * up_result
+    if KIND == _ADD:
+        result += tl.load(out + inside).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def gemv_kernel(
+    weight,
+    bias,
+    norm,
+    x,
+    out,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    gemv_stage(
+        tl.program_id(0), weight, bias, norm, x, out, eps, N, K, R, BK, KIND, NORM, BIAS, PDL
+    )
+
+
+@frozen
+class GemvTiles:
+    """How the work is cut: rows and columns of a tile, warps of a program."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, num_rows: int, num_columns: int, kind: int) -> GemvTiles:
+        """A tile of 8 to 16 KiB, as wide as the row where that divides it."""
+        columns = min(2048, triton.next_power_of_2(num_columns))
+        while num_columns % columns and columns > 512:
+            columns //= 2
+        rows = max(1, 8192 // columns)
+        if kind == GATE_UP:  # two tiles at once
+            rows = max(1, rows // 2)
+        return cls(rows, columns, 4)
+
+
+def gemv(
+    weight: Tensor,
+    x: Tensor,  # [1, K]
+    out: Tensor,  # [1, N]
+    *,
+    kind: int = STORE,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    tiles: GemvTiles | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """out = x W^T (+ bias), or what `kind` says; with `norm`, of the normed x."""
+    num_rows, num_columns = out.shape[-1], x.shape[-1]
+    tiles = tiles or GemvTiles.choose(num_rows, num_columns, kind)
+    gemv_kernel[(triton.cdiv(num_rows, tiles.rows),)](
+        weight,
+        weight if bias is None else bias,
+        weight if norm is None else norm,
+        x,
+        out,
+        eps,
+        num_rows,
+        num_columns,
+        tiles.rows,
+        tiles.columns,
+        kind,
+        norm is not None,
+        bias is not None,
+        pdl,
+        num_warps=tiles.num_warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Options of a launch that not every target knows."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+def empty_output(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for a product, in the weight's dtype."""
+    return torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)

@@ -1,0 +1,89 @@
+"""Head norm and rotary embedding of one token's heads, as every Triton attention kernel does it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotated(
+    heads,  # pointers to the first number of each head, [H]
+    there,  # [H], which of them exist
+    norm,  # [D], if NORM
+    cos,  # pointers to the D / 2 cosines of each head's position, [H]
+    sin,
+    eps,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The heads [H, D], normed and turned, in float32. Half-split: d turns with d + D / 2."""
+    columns = tl.arange(0, D)
+    others = (columns + D // 2) % D
+    values = tl.load(heads[:, None] + columns[None, :], mask=there[:, None], other=0.0)
+    turned = tl.load(heads[:, None] + others[None, :], mask=there[:, None], other=0.0)
+    values = values.to(tl.float32)
+    turned = turned.to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
+        values = values * factor * tl.load(norm + columns).to(tl.float32)[None, :]
+        turned = turned * factor * tl.load(norm + others).to(tl.float32)[None, :]
+    half = columns % (D // 2)
+    cosines = tl.load(cos[:, None] + half[None, :], mask=there[:, None], other=0.0)
+    sines = tl.load(sin[:, None] + half[None, :], mask=there[:, None], other=0.0)
+    sines = tl.where(columns[None, :] < D // 2, -sines, sines)
+    return values * cosines + turned * sines
+
+
+@triton.jit
+def append_kernel(
+    qkv,  # [rows, (heads + 2 * kv_heads) * D]; query heads are turned in place
+    key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
+    value_cache,
+    tables,  # [slots, TABLE]
+    slots,  # [rows]
+    positions,  # [rows]
+    cos,  # [context, D / 2]
+    sin,
+    query_norm,
+    key_norm,
+    eps,
+    num_rows,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TABLE: tl.constexpr,
+    NORM: tl.constexpr,
+    HP: tl.constexpr,  # HEADS + KV_HEADS, padded to a power of two
+):
+    """Of one row: turn queries and keys, and write keys and values into their block."""
+    row = tl.program_id(0)
+    position = tl.load(positions + row)
+    place = tables + tl.load(slots + row).to(tl.int64) * TABLE + position // BLOCK_TOKENS
+    block = tl.load(place).to(tl.int64)
+    start = qkv + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D)
+    columns = tl.arange(0, D)
+    head = tl.arange(0, HP)
+    is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    angle = position * (D // 2) + head * 0
+    pointers = start + head * D
+    if NORM:
+        query = rotated(pointers, is_query, query_norm, cos + angle, sin + angle, eps, D, NORM)
+        key = rotated(pointers, is_key, key_norm, cos + angle, sin + angle, eps, D, NORM)
+        both = tl.where(is_query[:, None], query, key)
+    else:
+        there = head < HEADS + KV_HEADS
+        both = rotated(pointers, there, query_norm, cos + angle, sin + angle, eps, D, NORM)
+    tl.debug_barrier()  # `rotated` reads what the next line overwrites, through other threads
+    both = both.to(qkv.dtype.element_ty)
+    tl.store(pointers[:, None] + columns[None, :], both, mask=is_query[:, None])
+    kv_head = head - HEADS
+    cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+    offsets = cells[:, None] * D + columns[None, :]
+    tl.store(key_cache + offsets, both, mask=is_key[:, None])
+    value = tl.load(
+        pointers[:, None] + KV_HEADS * D + columns[None, :], mask=is_key[:, None], other=0.0
+    )
+    tl.store(value_cache + offsets, value, mask=is_key[:, None])
