@@ -12,6 +12,7 @@ from attrs.validators import ge, in_, instance_of, optional
 from agentrt.errors import ConfigError
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
+KV_SHARE_OF_FREE_DEVICE_MEMORY = 0.8
 BLOCK_TOKENS = {"cpu": 256, "cuda": 16}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
@@ -79,9 +80,15 @@ class EngineConfig:
     random_weights: bool = field(default=False, validator=_checked(instance_of(bool)))
 
     def resolve(
-        self, *, device: str, kv_token_bytes: int, model_context_tokens: int
+        self,
+        *,
+        device: str,
+        kv_token_bytes: int,
+        model_context_tokens: int,
+        free_device_bytes: int | None = None,
     ) -> ResolvedConfig:
         """The numbers of one engine, for a model whose KV takes `kv_token_bytes` a token.
+        `free_device_bytes` is given where the device has memory of its own.
 
         Raises ConfigError where the pool cannot hold one block for each of two requests.
         """
@@ -91,7 +98,11 @@ class EngineConfig:
         useful_bytes = (-(-context // block_tokens) + 1) * block_bytes * self.max_batch
         pool_bytes = self.device_kv_bytes
         if pool_bytes is None:
-            pool_bytes = min(useful_bytes, int(free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY))
+            if free_device_bytes is None:
+                free_bytes = int(free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY)
+            else:
+                free_bytes = int(free_device_bytes * KV_SHARE_OF_FREE_DEVICE_MEMORY)
+            pool_bytes = min(useful_bytes, free_bytes)
         num_blocks = pool_bytes // block_bytes
         if num_blocks < 2:
             raise ConfigError(

@@ -18,7 +18,7 @@ from agentrt.metrics import Stats
 from agentrt.models.base import ModelSpec
 from agentrt.models.load import LoadedModel, load_model
 from agentrt.registry import locate
-from agentrt.runner import ModelRunner
+from agentrt.runner import ModelRunner, Runner
 from agentrt.scheduler import Scheduler
 from agentrt.template import load_template
 from agentrt.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def open_parts(
         path = locate(model, config.cache_dir, report("fetching"))
     loaded = load_model(path, config, report("loading"))
     resolved = _resolve(config, loaded)
-    runner = ModelRunner(loaded.model, loaded.compute, resolved)
+    runner = _runner(loaded, resolved)
     cache = PrefixCache(resolved.num_blocks, resolved.block_tokens)
     loop = Loop(Scheduler(resolved, cache), runner, poster(event_loop))
     chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
@@ -104,12 +104,21 @@ def open_parts(
     )
 
 
+def _runner(loaded: LoadedModel, resolved: ResolvedConfig) -> Runner:
+    if loaded.compute.ops.name != "triton":
+        return ModelRunner(loaded.model, loaded.compute, resolved)
+    from agentrt.cuda_runner import CudaRunner  # loads Triton, which the CPU path does without
+
+    return CudaRunner.open(loaded.model, loaded.compute, resolved)
+
+
 def _resolve(config: EngineConfig, loaded: LoadedModel) -> ResolvedConfig:
     spec, compute = loaded.model.spec, loaded.compute
     return config.resolve(
         device=compute.device.type,
         kv_token_bytes=spec.kv_values_per_token * compute.dtype.itemsize,
         model_context_tokens=spec.max_context_tokens,
+        free_device_bytes=compute.free_device_bytes(),
     )
 
 

@@ -16,8 +16,8 @@ from attrs import define, field
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.request import Request, State
-from agentrt.runner import Runner
-from agentrt.sampler import Sampled, sample
+from agentrt.runner import Runner, Ticket
+from agentrt.sampler import Sampled
 from agentrt.scheduler import Plan, Scheduler, Work
 from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
 
@@ -46,6 +46,7 @@ class Loop:
     _live: dict[str, Request] = field(factory=dict, init=False)
     _events: list[tuple[Sink, Any]] = field(factory=list, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
+    _in_flight: Ticket | None = field(default=None, init=False)  # launched, not collected
 
     def start(self) -> None:
         """Run the steps on a new thread."""
@@ -163,27 +164,49 @@ class Loop:
             self._finish(request, "cancelled", self.clock())
 
     def _step(self) -> None:
+        """Launch a step, then take the tokens of the one before: while the caller's side of that
+        is done, the device works. A step whose tokens the next plan needs is collected at once.
+        """
         begin = self.clock()
         plan = self.scheduler.plan(begin)
-        if not plan.work:
-            return
-        self._count(plan)
-        forward = self.clock()
-        batch, logits = self.runner.run(plan)
-        sampled = (
-            sample(logits, [work.request for work in batch.sampling]) if batch.sampling else []
-        )
-        now = self.clock()
-        for work in plan.work:
-            self.scheduler.computed(work, now)
-        for work, result in zip(batch.sampling, sampled, strict=True):
-            self._take(work.request, result, now)
-        # Both at once, and before a caller hears of the step: its `stats()` must add up.
+        previous, self._in_flight = self._in_flight, None
+        if plan.work:
+            self._in_flight = self._launch(plan)
+        if previous is not None:
+            self._collect(previous)
+        if self._in_flight is not None and not self._in_flight.runs_ahead:
+            launched, self._in_flight = self._in_flight, None
+            self._collect(launched)
+        # Before a caller hears of the step: its `stats()` must add up.
         end = self.clock()
-        self.counters.forward_s += now - forward
         self.counters.step_s += end - begin
         self._flush()
         self.counters.step_s += self.clock() - end
+
+    def _launch(self, plan: Plan) -> Ticket:
+        """Hand a plan to the device. What it computes counts as computed from now on: the device
+        does one step after the other."""
+        self._count(plan)
+        forward = self.clock()
+        ticket = self.runner.launch(plan)
+        now = self.clock()
+        self.counters.forward_s += now - forward
+        for work in plan.work:
+            self.scheduler.computed(work, now)
+        if ticket.runs_ahead:
+            for work in ticket.sampling:
+                work.request.expect()
+        return ticket
+
+    def _collect(self, ticket: Ticket) -> None:
+        """Take a step's tokens; requests that ended since get none."""
+        forward = self.clock()
+        sampled = self.runner.collect(ticket)
+        now = self.clock()
+        self.counters.forward_s += now - forward
+        for work, result in zip(ticket.sampling, sampled, strict=True):
+            if work.request.state is not State.FINISHED:
+                self._take(work.request, result, now)
 
     def _count(self, plan: Plan) -> None:
         counters = self.counters
@@ -208,6 +231,7 @@ class Loop:
                 raise result
             self._take_token(request, *result, now)
         except RequestInvalid as exc:
+            request.drop_pending()
             self.scheduler.finish(request, now)
             del self._live[request.id]
             self._events.append((request.sink, exc))
@@ -238,6 +262,7 @@ class Loop:
         rest = request.text.finish()
         if rest:
             self._events.append((request.sink, TextDelta(rest, ())))
+        request.drop_pending()
         self.scheduler.finish(request, now)
         del self._live[request.id]
         self.counters.finished += 1

@@ -20,13 +20,15 @@ from agentrt.kernels.gemv import launch_options
 from agentrt.kernels.rotary import rotated
 
 SPLIT_TOKENS = 256
-MIN_GROUP = 16  # query heads of a kv head are padded to the tensor cores' M
+MAX_BATCH = 64  # with more rows another kernel is compiled
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _THREADS = tl.constexpr(128)
 
 
 @triton.jit
-def _keys(cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS: tl.constexpr, D: tl.constexpr):
+def _keys(
+    cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS: tl.constexpr, D: tl.constexpr
+):
     """Keys or values [tokens, D] of a paged context; hidden ones are zero."""
     block = tl.load(table + tokens // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
     cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + tokens % BLOCK_TOKENS
@@ -35,10 +37,10 @@ def _keys(cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS: tl.const
 
 
 @triton.jit
-def _find(unit, starts, BATCH: tl.constexpr, BP: tl.constexpr):
-    """The row of a split, and the row's first split: starts [BATCH + 1] ascends."""
+def _find(unit, starts, batch, BP: tl.constexpr):
+    """The row of a split, and the row's first split: starts [batch + 1] ascends."""
     index = tl.arange(0, BP)
-    first = tl.load(starts + index, mask=index < BATCH, other=2147483647)
+    first = tl.load(starts + index, mask=index < batch, other=2147483647)
     row = tl.sum((first <= unit).to(tl.int32), 0) - 1
     return row, tl.load(starts + row)
 
@@ -62,9 +64,9 @@ def decode_attention_stage(
     partial,  # [splits, kv_heads, GP, D] scratch, float32
     peaks,  # [splits, kv_heads, 2, GP]: the largest score (log2), and the sum of the weights
     counters,  # [batch, kv_heads], zero
+    batch,
     eps,
     scale,
-    BATCH: tl.constexpr,
     BP: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -82,10 +84,10 @@ def decode_attention_stage(
     M: tl.constexpr = 16 if GP < 16 else GP
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     start_next(PDL)
-    total = tl.load(starts + BATCH) * KV_HEADS
+    total = tl.load(starts + batch) * KV_HEADS
     if PDL and program < total:
         # keys and values of earlier steps: a quarter of each block's a thread
-        row, first = _find(program // KV_HEADS, starts, BATCH, BP)
+        row, first = _find(program // KV_HEADS, starts, batch, BP)
         begin = (program // KV_HEADS - first) * SPLIT
         lane = tl.arange(0, _THREADS)
         PIECES: tl.constexpr = _THREADS * BLOCK_TOKENS // (2 * SPLIT)  # of a block's keys
@@ -104,7 +106,7 @@ def decode_attention_stage(
     for item in range(program, total, num_programs):
         unit = item // KV_HEADS
         kv_head = item % KV_HEADS
-        row, first = _find(unit, starts, BATCH, BP)
+        row, first = _find(unit, starts, batch, BP)
         num_splits = tl.load(starts + row + 1) - first
         position = tl.load(positions + row)
         table = tables + tl.load(slots + row).to(tl.int64) * TABLE
@@ -131,9 +133,9 @@ def decode_attention_stage(
             one = tl.arange(0, 1)
             own = position * (D // 2) + one * 0
             key_at = line + (HEADS + kv_head) * D + one * 0
-            key = rotated(
-                key_at, one == 0, key_norm, cos + own, sin + own, eps, D, NORM
-            ).to(key_cache.dtype.element_ty)
+            key = rotated(key_at, one == 0, key_norm, cos + own, sin + own, eps, D, NORM).to(
+                key_cache.dtype.element_ty
+            )
             value = tl.load(line + (HEADS + KV_HEADS + kv_head) * D + columns)
             value = value.to(value_cache.dtype.element_ty)
             block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
@@ -219,9 +221,7 @@ def _merge(
         sums = tl.load(peaks + cells + GP, mask=there[:, None], other=0.0, cache_modifier=".cg")
         cells = (at[:, None, None] * GP + group[None, :, None]).to(tl.int64) * D
         cells += columns[None, None, :]
-        parts = tl.load(
-            partial + cells, mask=there[:, None, None], other=0.0, cache_modifier=".cg"
-        )
+        parts = tl.load(partial + cells, mask=there[:, None, None], other=0.0, cache_modifier=".cg")
         peak = tl.maximum(largest, tl.max(high, 0))
         factors = tl.exp2(high - peak[None, :])
         shrink = tl.exp2(largest - peak)
@@ -236,7 +236,10 @@ def _merge(
     )
 
 
-@triton.jit
+# Batches and their offsets within a step's arrays vary: one compiled kernel serves them all.
+@triton.jit(
+    do_not_specialize=["batch"], do_not_specialize_on_alignment=["slots", "positions", "starts"]
+)
 def decode_attention_kernel(
     qkv,
     key_cache,
@@ -253,9 +256,9 @@ def decode_attention_kernel(
     partial,
     peaks,
     counters,
+    batch,
     eps,
     scale,
-    BATCH: tl.constexpr,
     BP: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -287,9 +290,9 @@ def decode_attention_kernel(
         partial,
         peaks,
         counters,
+        batch,
         eps,
         scale,
-        BATCH,
         BP,
         HEADS,
         KV_HEADS,
@@ -315,7 +318,13 @@ class DecodeWork:
 
     @classmethod
     def allocate(
-        cls, num_splits: int, max_batch: int, num_heads: int, kv_heads: int, dim: int, device: torch.device
+        cls,
+        num_splits: int,
+        max_batch: int,
+        num_heads: int,
+        kv_heads: int,
+        dim: int,
+        device: torch.device,
     ) -> DecodeWork:
         """Room for `num_splits` splits of all rows together."""
         group = triton.next_power_of_2(num_heads // kv_heads)
@@ -375,10 +384,10 @@ def decode_attention(
         work.partial,
         work.peaks,
         work.counters,
+        batch,
         eps,
         dim**-0.5,
-        batch,
-        triton.next_power_of_2(batch),
+        max(MAX_BATCH, triton.next_power_of_2(batch)),
         heads,
         kv_heads,
         dim,

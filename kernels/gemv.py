@@ -7,7 +7,6 @@ norm of the input is folded in: every program has the whole row anyway.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from attrs import frozen
@@ -44,6 +43,7 @@ def _vector(pointer, columns, K: tl.constexpr, BK: tl.constexpr):
 def gemv_stage(
     program,
     weight,  # [N, K], or [2 * N, K] with GATE_UP
+    scales,  # [N], of fp8 weights; of GATE_UP [2 * N]
     bias,  # [N]
     norm,  # [K]
     x,  # [K]
@@ -55,6 +55,7 @@ def gemv_stage(
     BK: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -97,6 +98,10 @@ def gemv_stage(
         result *= factor
         if KIND == _GATE_UP:
             up_result *= factor
+    if SCALED:
+        result *= tl.load(scales + inside)
+        if KIND == _GATE_UP:
+            up_result *= tl.load(scales + N + inside)
     if BIAS:
         result += tl.load(bias + inside).to(tl.float32)
     if KIND == _GATE_UP:
@@ -109,6 +114,7 @@ def gemv_stage(
 @triton.jit
 def gemv_kernel(
     weight,
+    scales,
     bias,
     norm,
     x,
@@ -120,11 +126,28 @@ def gemv_kernel(
     BK: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     gemv_stage(
-        tl.program_id(0), weight, bias, norm, x, out, eps, N, K, R, BK, KIND, NORM, BIAS, PDL
+        tl.program_id(0),
+        weight,
+        scales,
+        bias,
+        norm,
+        x,
+        out,
+        eps,
+        N,
+        K,
+        R,
+        BK,
+        KIND,
+        NORM,
+        SCALED,
+        BIAS,
+        PDL,
     )
 
 
@@ -155,6 +178,7 @@ def gemv(
     *,
     kind: int = STORE,
     norm: Tensor | None = None,
+    scales: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
     tiles: GemvTiles | None = None,
@@ -165,6 +189,7 @@ def gemv(
     tiles = tiles or GemvTiles.choose(num_rows, num_columns, kind)
     gemv_kernel[(triton.cdiv(num_rows, tiles.rows),)](
         weight,
+        weight if scales is None else scales,
         weight if bias is None else bias,
         weight if norm is None else norm,
         x,
@@ -176,6 +201,7 @@ def gemv(
         tiles.columns,
         kind,
         norm is not None,
+        scales is not None,
         bias is not None,
         pdl,
         num_warps=tiles.num_warps,
@@ -187,8 +213,3 @@ def gemv(
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Options of a launch that not every target knows."""
     return {"launch_pdl": True} if pdl else {}
-
-
-def empty_output(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """Room for a product, in the weight's dtype."""
-    return torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)

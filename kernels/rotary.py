@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from agentrt.kernels import Geometry
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def rotated(
     return values * cosines + turned * sines
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def append_kernel(
     qkv,  # [rows, (heads + 2 * kv_heads) * D]; query heads are turned in place
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
@@ -48,7 +51,6 @@ def append_kernel(
     query_norm,
     key_norm,
     eps,
-    num_rows,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -87,3 +89,37 @@ def append_kernel(
         pointers[:, None] + KV_HEADS * D + columns[None, :], mask=is_key[:, None], other=0.0
     )
     tl.store(value_cache + offsets, value, mask=is_key[:, None])
+
+
+def append_heads(
+    qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * dim]
+    kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
+    tables: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    norms: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Turn the rows' queries in place, and append their keys and values to the pool."""
+    heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
+    append_kernel[(qkv.shape[0],)](
+        qkv,
+        kv[0],
+        kv[1],
+        tables,
+        slots,
+        positions,
+        geometry.cos,
+        geometry.sin,
+        geometry.cos if norms is None else norms[0],
+        geometry.cos if norms is None else norms[1],
+        geometry.norm_eps,
+        heads,
+        kv_heads,
+        geometry.head_dim,
+        kv.shape[3],
+        tables.shape[1],
+        norms is not None,
+        triton.next_power_of_2(heads + kv_heads),
+        num_warps=4,
+    )

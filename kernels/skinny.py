@@ -34,13 +34,15 @@ _THREADS = tl.constexpr(128)
 
 
 @triton.jit
-def inverse_rms(squares, rows, eps, K: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+def inverse_rms(
+    squares, rows, alive, eps, K: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr
+):
     """1 / root mean square of batch rows, from partial sums of squares [PARTS, STRIDE]."""
     P2: tl.constexpr = triton.next_power_of_2(PARTS)
     parts = tl.arange(0, P2)
     values = tl.load(
         squares + parts[:, None] * STRIDE + rows[None, :],
-        mask=parts[:, None] < PARTS,
+        mask=(parts[:, None] < PARTS) & alive[None, :],
         other=0.0,
     )
     return tl.rsqrt(tl.sum(values, 0) / K + eps)
@@ -107,8 +109,9 @@ def skinny_stage(
             PDL,
         )
     wait_previous(PDL)
+    factor = tl.zeros([BP], tl.float32)
     if NORM:
-        factor = inverse_rms(squares, batch_rows, eps, K, PARTS, MAX_BATCH)
+        factor = inverse_rms(squares, batch_rows, alive, eps, K, PARTS, MAX_BATCH)
     pointers = weight + row_starts[:, None] + columns[None, :]
     x_pointers = x + batch_rows[None, :] * K + split * KP + columns[:, None]
     acc = tl.zeros([R, BP], tl.float32)
@@ -121,43 +124,111 @@ def skinny_stage(
             weights = tl.load(pointers + k, mask=there[None, :], other=0.0)
             values = tl.load(x_pointers + k, mask=there[:, None] & alive[None, :], other=0.0)
         acc = dot(weights.to(values.dtype), values, acc)
-    is_last = True
     if SPLITS > 1:
         cells = lanes[:, None] * BP + batch_rows[None, :]
         tl.store(partial + (tile * SPLITS + split) * (R * BP) + cells, acc)
-        is_last = arrive(counters + tile, SPLITS)
-        if is_last:
+        if arrive(counters + tile, SPLITS):
             acc = tl.zeros([R, BP], tl.float32)
             for other in tl.static_range(SPLITS):
                 start = partial + (tile * SPLITS + other) * (R * BP)
                 acc += tl.load(start + cells, cache_modifier=".cg")
-    if is_last:
-        if SCALED:
-            acc *= tl.load(scales + inside)[:, None]
-        if NORM:
-            acc *= factor[None, :]
-        if BIAS:
-            acc += tl.load(bias + inside).to(tl.float32)[:, None]
-        if KIND == _GATE_UP:
-            pairs = tl.permute(tl.reshape(acc, [2, R // 2, BP]), [1, 2, 0])
-            gate, up = tl.split(pairs)
-            rows = tile * (R // 2) + tl.arange(0, R // 2)
-            acc = gate * tl.sigmoid(gate) * up
-        kept = (rows < N)[:, None] & alive[None, :]
-        cells = batch_rows[None, :] * N + rows[:, None]
-        if KIND == _ADD:
-            acc += tl.load(out + cells, mask=kept, other=0.0).to(tl.float32)
-        rounded = acc.to(out.dtype.element_ty)
-        tl.store(out + cells, rounded, mask=kept)
-        if NEXT:
-            wide = tl.where(kept, rounded.to(tl.float32), 0.0)
-            tl.store(next_squares + tile * MAX_BATCH + batch_rows, tl.sum(wide * wide, 0))
-            norm = tl.load(next_norm + inside).to(tl.float32)
-            scaled = (wide * norm[:, None]).to(out.dtype.element_ty)
-            tl.store(next_scaled + cells, scaled, mask=kept)
+            _finish(
+                acc,
+                factor,
+                inside,
+                tile,
+                scales,
+                bias,
+                out,
+                next_norm,
+                next_scaled,
+                next_squares,
+                batch,
+                N,
+                BP,
+                KIND,
+                NORM,
+                NEXT,
+                SCALED,
+                BIAS,
+            )
+    else:
+        _finish(
+            acc,
+            factor,
+            inside,
+            tile,
+            scales,
+            bias,
+            out,
+            next_norm,
+            next_scaled,
+            next_squares,
+            batch,
+            N,
+            BP,
+            KIND,
+            NORM,
+            NEXT,
+            SCALED,
+            BIAS,
+        )
 
 
 @triton.jit
+def _finish(
+    acc,  # [R, BP], the sum over all of K
+    factor,  # [BP], of the norm
+    inside,  # [R], rows of the weight
+    tile,
+    scales,
+    bias,
+    out,
+    next_norm,
+    next_scaled,
+    next_squares,
+    batch,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    NEXT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """What becomes of a finished tile."""
+    R: tl.constexpr = 64
+    MAX_BATCH: tl.constexpr = 64
+    batch_rows = tl.arange(0, BP)
+    alive = batch_rows < batch
+    if SCALED:
+        acc *= tl.load(scales + inside)[:, None]
+    if NORM:
+        acc *= factor[None, :]
+    if BIAS:
+        acc += tl.load(bias + inside).to(tl.float32)[:, None]
+    if KIND == _GATE_UP:
+        pairs = tl.permute(tl.reshape(acc, [2, R // 2, BP]), [1, 2, 0])
+        gate, up = tl.split(pairs)
+        rows = tile * (R // 2) + tl.arange(0, R // 2)
+        result = gate * tl.sigmoid(gate) * up
+    else:
+        rows = tile * R + tl.arange(0, R)
+        result = acc
+    kept = (rows < N)[:, None] & alive[None, :]
+    cells = batch_rows[None, :] * N + rows[:, None]
+    if KIND == _ADD:
+        result += tl.load(out + cells, mask=kept, other=0.0).to(tl.float32)
+    rounded = result.to(out.dtype.element_ty)
+    tl.store(out + cells, rounded, mask=kept)
+    if NEXT:
+        wide = tl.where(kept, rounded.to(tl.float32), 0.0)
+        tl.store(next_squares + tile * MAX_BATCH + batch_rows, tl.sum(wide * wide, 0))
+        norm = tl.load(next_norm + inside).to(tl.float32)
+        tl.store(next_scaled + cells, (wide * norm[:, None]).to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["batch"])
 def skinny_kernel(
     weight,
     scales,

@@ -23,7 +23,16 @@ LAYERS = [
         "weights",
     },
     {"output", "request", "scheduler", "token_log"},
-    {"batch", "chat", "runner", "sampler", "speculate"},
+    {
+        "batch",
+        "chat",
+        "cuda_inputs",
+        "cuda_runner",
+        "decode_graph",
+        "runner",
+        "sampler",
+        "speculate",
+    },
     {"loop"},
     {"engine", "engine_parts", "session", "step_thread", "stream"},
     {"adapters"},
@@ -34,6 +43,7 @@ TOP = len(LAYERS) - 1
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 MAY_IMPORT_TORCH = {"kernels", "models", "weights", "batch", "sampler", "runner"}
+MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph"}
 NEVER_EACH_OTHER = [("kernels", "cache"), ("cache", "kernels")]
 ROOTS = {
     "agentrt": Path(agentrt.__file__).parent,

@@ -43,10 +43,10 @@ class Steps:
         assert states == sorted(states, key=lambda state: state is not State.DECODE)
         if not plan.work:
             return plan
-        batch, logits = self.runner.run(plan)
+        ticket = self.runner.launch(plan)
         for work in plan.work:
             self.scheduler.computed(work, self.now)
-        for work, token in zip(batch.sampling, logits.argmax(-1).tolist(), strict=True):
+        for work, token in zip(ticket.sampling, ticket.logits.argmax(-1).tolist(), strict=True):
             work.request.append(token)
             if work.request.limit_reached(token):
                 self.scheduler.finish(work.request, self.now)
