@@ -13,7 +13,7 @@ from agentrt.errors import ConfigError
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
 KV_SHARE_OF_FREE_DEVICE_MEMORY = 0.8
-BLOCK_TOKENS = {"cpu": 256, "cuda": 16}
+BLOCK_TOKENS = {"cpu": 256, "cuda": 64}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 

@@ -1,8 +1,9 @@
 """Paged attention of decode rows: head norm, rotary embedding, append, and split softmax in one.
 
-A row's context is cut into splits of SPLIT_TOKENS tokens at absolute positions. A program works
-through (row, split, kv head) items; it turns the queries itself, and who has the row's last split
-also turns its key and writes key and value to the cache. The last split of a row and kv head to
+A row's context is cut into splits of SPLIT_TOKENS tokens at absolute positions. A program takes an
+even share of all (row, kv head, split) items, consecutive ones, and streams through their keys and
+values; it turns the queries itself, and who has a row's last split also turns its key and writes
+key and value to the cache. The last split of a row and kv head to
 arrive adds all of them in a fixed order (Flash-Decoding's merge), so that a row's bits depend on
 its own context alone: not on the batch, nor on the number of programs.
 """
@@ -15,9 +16,9 @@ import triton.language as tl
 from attrs import frozen
 from torch import Tensor
 
-from agentrt.kernels.dependent import arrive, dot, prefetch, start_next, wait_previous
+from agentrt.kernels.dependent import arrive_with, dot, prefetch, start_next, wait_previous
 from agentrt.kernels.gemv import launch_options
-from agentrt.kernels.rotary import rotated
+from agentrt.kernels.rotary import angles_at, load_heads, rotate
 
 SPLIT_TOKENS = 256
 MAX_BATCH = 64  # with more rows another kernel is compiled
@@ -26,23 +27,53 @@ _THREADS = tl.constexpr(128)
 
 
 @triton.jit
-def _keys(
-    cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS: tl.constexpr, D: tl.constexpr
-):
-    """Keys or values [tokens, D] of a paged context; hidden ones are zero."""
-    block = tl.load(table + tokens // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
-    cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + tokens % BLOCK_TOKENS
-    offsets = cells[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(cache + offsets, mask=there[:, None], other=0.0)
+def _block(table, index, there):
+    """A block id, as two halves: a load of less than 32 bits is no asynchronous copy. As one, it
+    would take a stage of the pipeline, and leave no second tile in flight (Triton 3.6)."""
+    halves = table.to(tl.pointer_type(tl.uint16)) + 2 * index
+    low = tl.load(halves, mask=there, other=0).to(tl.int64)
+    return low + tl.load(halves + 1, mask=there, other=0).to(tl.int64) * 65536
 
 
 @triton.jit
-def _find(unit, starts, batch, BP: tl.constexpr):
-    """The row of a split, and the row's first split: starts [batch + 1] ascends."""
+def load_tile(
+    cache,
+    table,
+    start,
+    end,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Keys or values [TILE, D] of a paged context from `start` on, zero from `end` on."""
+    offsets = tl.arange(0, TILE)
+    if TILE <= BLOCK_TOKENS:
+        block = _block(table, start // BLOCK_TOKENS, start < end)
+        cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + start % BLOCK_TOKENS + offsets
+    else:
+        block = tl.zeros([TILE], tl.int64)
+        for i in tl.static_range(TILE // BLOCK_TOKENS):
+            token = start + i * BLOCK_TOKENS
+            one = _block(table, token // BLOCK_TOKENS, token < end)
+            block = tl.where(offsets // BLOCK_TOKENS == i, one, block)
+        cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + offsets % BLOCK_TOKENS
+    places = cells[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(cache + places, mask=(start + offsets < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _locate(item, stop, slots, positions, starts, batch, KV_HEADS: tl.constexpr, BP: tl.constexpr):
+    """An item's row, and of that row the first split, how many there are, position and slot.
+    Where there is no item (item == stop), those of some row."""
     index = tl.arange(0, BP)
-    first = tl.load(starts + index, mask=index < batch, other=2147483647)
-    row = tl.sum((first <= unit).to(tl.int32), 0) - 1
-    return row, tl.load(starts + row)
+    firsts = tl.load(starts + index, mask=index < batch, other=2147483647)
+    row = tl.maximum(tl.sum((firsts <= item // KV_HEADS).to(tl.int32), 0) - 1, 0)
+    row = tl.minimum(row, batch - 1)
+    first = tl.load(starts + row)
+    num_splits = tl.maximum(tl.load(starts + row + 1) - first, 1)
+    return row, first, num_splits, tl.load(positions + row), tl.load(slots + row)
 
 
 @triton.jit
@@ -84,73 +115,59 @@ def decode_attention_stage(
     M: tl.constexpr = 16 if GP < 16 else GP
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     start_next(PDL)
+    # All that the host has sent is read before the wait, and the first keys are asked for.
     total = tl.load(starts + batch) * KV_HEADS
-    if PDL and program < total:
-        # keys and values of earlier steps: a quarter of each block's a thread
-        row, first = _find(program // KV_HEADS, starts, batch, BP)
-        begin = (program // KV_HEADS - first) * SPLIT
-        lane = tl.arange(0, _THREADS)
-        PIECES: tl.constexpr = _THREADS * BLOCK_TOKENS // (2 * SPLIT)  # of a block's keys
-        token = begin + lane // (2 * PIECES) * BLOCK_TOKENS
-        token = tl.minimum(token, tl.load(positions + row))
-        table = tables + tl.load(slots + row).to(tl.int64) * TABLE
-        block = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
-        cell = (block * KV_HEADS + program % KV_HEADS) * (BLOCK_TOKENS * D)
-        piece = cell + lane // 2 % PIECES * (BLOCK_TOKENS * D // PIECES)
-        nbytes: tl.constexpr = (
-            BLOCK_TOKENS * D // PIECES * (key_cache.dtype.element_ty.primitive_bitwidth // 8)
-        )
-        source = tl.where(lane % 2 == 0, key_cache + piece, value_cache + piece)
-        prefetch(source, tl.full([_THREADS], nbytes, tl.int32), PDL)
-    wait_previous(PDL)
-    for item in range(program, total, num_programs):
-        unit = item // KV_HEADS
-        kv_head = item % KV_HEADS
-        row, first = _find(unit, starts, batch, BP)
-        num_splits = tl.load(starts + row + 1) - first
-        position = tl.load(positions + row)
-        table = tables + tl.load(slots + row).to(tl.int64) * TABLE
-        begin = (unit - first) * SPLIT
-        end = tl.minimum(begin + SPLIT, position)  # of the cached tokens
-        group = tl.arange(0, M)
-        columns = tl.arange(0, D)
-        line = qkv + row.to(tl.int64) * WIDTH
-        angle = position * (D // 2) + group * 0
-        query = rotated(
-            line + (kv_head * G + group) * D,
-            group < G,
-            query_norm,
-            cos + angle,
-            sin + angle,
-            eps,
+    item = (program * total.to(tl.int64) // num_programs).to(tl.int32)
+    stop = ((program + 1) * total.to(tl.int64) // num_programs).to(tl.int32)
+    row, first, num_splits, position, slot = _locate(
+        item, stop, slots, positions, starts, batch, KV_HEADS, BP
+    )
+    cosines, sines = angles_at(cos, sin, position, D)
+    if PDL and item < stop:
+        inside = item - first * KV_HEADS
+        _prefetch_split(
+            inside % num_splits * SPLIT,
+            position,
+            tables + slot.to(tl.int64) * TABLE,
+            inside // num_splits,
+            key_cache,
+            value_cache,
+            KV_HEADS,
             D,
-            NORM,
-        ).to(qkv.dtype.element_ty)
+            BLOCK_TOKENS,
+            SPLIT,
+        )
+    wait_previous(PDL)
+    group = tl.arange(0, M)
+    columns = tl.arange(0, D)
+    tokens = tl.arange(0, TILE)
+    one = tl.arange(0, 1)
+    while item < stop:
+        # One row and kv head: the splits from `split` on, as many as this program has.
+        inside = item - first * KV_HEADS
+        kv_head = inside // num_splits
+        split = inside % num_splits
+        until = tl.minimum(split + stop - item, num_splits)
+        place = first * KV_HEADS + kv_head * num_splits  # of the row's and head's first split
+        table = tables + slot.to(tl.int64) * TABLE
+        has_own = until == num_splits
+        line = qkv + row.to(tl.int64) * WIDTH
+        # All loads of what the kernel before has made at once: each takes most of a microsecond.
+        query_values, query_turned = load_heads(line + (kv_head * G + group) * D, group < G, D)
+        key_at = line + (HEADS + kv_head) * D + one
+        own_values, own_turned = load_heads(key_at, (one == 0) & has_own, D)
+        own_value = tl.load(key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0)
+        query = rotate(query_values, query_turned, query_norm, cosines, sines, eps, D, NORM).to(
+            qkv.dtype.element_ty
+        )
         largest = tl.full([M], float("-inf"), tl.float32)
         weight_sum = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
-        if begin + SPLIT > position:  # this split has the row's own token
-            one = tl.arange(0, 1)
-            own = position * (D // 2) + one * 0
-            key_at = line + (HEADS + kv_head) * D + one * 0
-            key = rotated(key_at, one == 0, key_norm, cos + own, sin + own, eps, D, NORM).to(
-                key_cache.dtype.element_ty
-            )
-            value = tl.load(line + (HEADS + KV_HEADS + kv_head) * D + columns)
-            value = value.to(value_cache.dtype.element_ty)
-            block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
-            cell = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
-            tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
-            tl.store(value_cache + cell * D + columns, value)
-            products = query.to(tl.float32) * key.to(tl.float32)
-            largest = tl.sum(products, 1) * (scale * _LOG2_E)
-            weight_sum += 1.0
-            acc += value.to(tl.float32)[None, :]
-        tokens = tl.arange(0, TILE)
-        for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        end = tl.minimum(until * SPLIT, position)  # of the cached tokens
+        for start in tl.range(split * SPLIT, end, TILE, num_stages=STAGES):
             there = start + tokens < end
-            keys = _keys(
-                key_cache, table, start + tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS, D
+            keys = load_tile(
+                key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE
             )
             scores = dot(query, tl.trans(keys.to(query.dtype)), tl.zeros([M, TILE], tl.float32))
             scores = tl.where(there[None, :], scores * (scale * _LOG2_E), float("-inf"))
@@ -158,37 +175,99 @@ def decode_attention_stage(
             weights = tl.exp2(scores - peak[:, None])
             shrink = tl.exp2(largest - peak)
             weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-            values = _keys(
-                value_cache, table, start + tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS, D
+            values = load_tile(
+                value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE
             )
             acc = dot(weights.to(query.dtype), values.to(query.dtype), acc * shrink[:, None])
             largest = peak
-        head = kv_head * G + group
+            if (start + TILE) % SPLIT == 0 and (start + TILE < until * SPLIT or not has_own):
+                done = place + start // SPLIT
+                _store_split(partial, peaks, done, acc, largest, weight_sum, M, D, GP)
+                largest = tl.full([M], float("-inf"), tl.float32)
+                weight_sum = tl.zeros([M], tl.float32)
+                acc = tl.zeros([M, D], tl.float32)
+        if has_own:
+            key = rotate(own_values, own_turned, key_norm, cosines, sines, eps, D, NORM)
+            key = key.to(key_cache.dtype.element_ty)
+            value = own_value.to(value_cache.dtype.element_ty)
+            block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
+            cell = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+            tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
+            tl.store(value_cache + cell * D + columns, value)
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * _LOG2_E)
+            peak = tl.maximum(largest, score)
+            shrink = tl.exp2(largest - peak)
+            weight = tl.exp2(score - peak)
+            weight_sum = weight_sum * shrink + weight
+            acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+            largest = peak
+            if num_splits > 1:
+                done = place + num_splits - 1
+                _store_split(partial, peaks, done, acc, largest, weight_sum, M, D, GP)
+        target = out + (row.to(tl.int64) * HEADS + kv_head * G) * D
         if num_splits == 1:
             result = acc / weight_sum[:, None]
             tl.store(
-                out + (row.to(tl.int64) * HEADS + head[:, None]) * D + columns[None, :],
+                target + group[:, None] * D + columns[None, :],
                 result.to(out.dtype.element_ty),
                 mask=(group < G)[:, None],
             )
-        else:
-            place = unit * KV_HEADS + kv_head
-            cells = (place * GP + group[:, None]).to(tl.int64) * D + columns[None, :]
-            tl.store(partial + cells, acc, mask=(group < GP)[:, None])
-            tl.store(peaks + place * (2 * GP) + group, largest, mask=group < GP)
-            tl.store(peaks + place * (2 * GP) + GP + group, weight_sum, mask=group < GP)
-            if arrive(counters + row * KV_HEADS + kv_head, num_splits):
-                _merge(
-                    out + (row.to(tl.int64) * HEADS + kv_head * G) * D,
-                    partial,
-                    peaks,
-                    first * KV_HEADS + kv_head,
-                    num_splits,
-                    KV_HEADS,
-                    D,
-                    G,
-                    GP,
-                )
+        elif arrive_with(counters + row * KV_HEADS + kv_head, until - split, num_splits):
+            _merge(target, partial, peaks, place, num_splits, D, G, GP)
+        item += until - split
+        if item < stop:
+            row, first, num_splits, position, slot = _locate(
+                item, stop, slots, positions, starts, batch, KV_HEADS, BP
+            )
+            cosines, sines = angles_at(cos, sin, position, D)
+
+
+@triton.jit
+def _prefetch_split(
+    begin,
+    position,
+    table,
+    kv_head,
+    key_cache,
+    value_cache,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Keys and values of earlier steps: a piece of a block a thread. Only they may be asked for
+    before the kernel's predecessor has ended."""
+    lane = tl.arange(0, _THREADS)
+    PIECES: tl.constexpr = _THREADS * BLOCK_TOKENS // (2 * SPLIT)  # of a block's keys
+    token = tl.minimum(begin + lane // (2 * PIECES) * BLOCK_TOKENS, position)
+    block = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
+    cell = (block * KV_HEADS + kv_head) * (BLOCK_TOKENS * D)
+    piece = cell + lane // 2 % PIECES * (BLOCK_TOKENS * D // PIECES)
+    nbytes: tl.constexpr = (
+        BLOCK_TOKENS * D // PIECES * (key_cache.dtype.element_ty.primitive_bitwidth // 8)
+    )
+    source = tl.where(lane % 2 == 0, key_cache + piece, value_cache + piece)
+    prefetch(source, tl.full([_THREADS], nbytes, tl.int32), True)
+
+
+@triton.jit
+def _store_split(
+    partial,
+    peaks,
+    place,
+    acc,
+    largest,
+    weight_sum,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    GP: tl.constexpr,
+):
+    """Keep a split's sums until all splits of its row are there."""
+    group = tl.arange(0, M)
+    cells = (place * GP + group[:, None]).to(tl.int64) * D + tl.arange(0, D)[None, :]
+    tl.store(partial + cells, acc, mask=(group < GP)[:, None])
+    tl.store(peaks + place * (2 * GP) + group, largest, mask=group < GP)
+    tl.store(peaks + place * (2 * GP) + GP + group, weight_sum, mask=group < GP)
 
 
 @triton.jit
@@ -196,9 +275,8 @@ def _merge(
     out,
     partial,
     peaks,
-    place,  # of the row's first split; the next ones are KV_HEADS apart
+    place,  # of the first split
     num_splits,
-    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -213,7 +291,7 @@ def _merge(
     acc = tl.zeros([GP, D], tl.float32)
     for start in range(0, num_splits, AT_ONCE):
         there = start + splits < num_splits
-        at = place + (start + splits) * KV_HEADS
+        at = place + start + splits
         cells = at[:, None] * (2 * GP) + group[None, :]
         high = tl.load(
             peaks + cells, mask=there[:, None], other=float("-inf"), cache_modifier=".cg"
@@ -362,12 +440,14 @@ def decode_attention(
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
     num_programs: int,
+    tile: tuple[int, int, int] | None = None,  # tokens, stages, warps
     pdl: bool = False,
 ) -> Tensor:
     """Attention of one token a row; its key and value are appended to `kv`."""
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
     group = heads // kv_heads
+    tile = tile or (64, 4 if dim < 128 else 3, 4)
     decode_attention_kernel[(num_programs,)](
         qkv,
         kv[0],
@@ -394,12 +474,12 @@ def decode_attention(
         block_tokens,
         rows.tables.shape[1],
         SPLIT_TOKENS,
-        64 if dim >= 128 else 128,
-        3,
+        tile[0],
+        tile[1],
         norms is not None,
         triton.next_power_of_2(group),
         pdl,
-        num_warps=4,
+        num_warps=tile[2],
         **launch_options(pdl),
     )
     return out

@@ -12,7 +12,7 @@ import triton.language as tl
 from attrs import frozen
 from torch import Tensor
 
-from agentrt.kernels.attention_decode import _keys
+from agentrt.kernels.attention_decode import load_tile
 from agentrt.kernels.dependent import dot
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,8 +41,7 @@ def _step(
 ):
     """One tile of keys and values, by online softmax (Milakov, Gimelshein 2018)."""
     tokens = start + tl.arange(0, TILE)
-    there = tokens < end
-    keys = _keys(key_cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS, D)
+    keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
     scores = dot(query, tl.trans(keys), tl.zeros([M, TILE], tl.float32))
     if MASKED:
         scores = tl.where(tokens[None, :] <= limit[:, None], scores, float("-inf"))
@@ -50,7 +49,7 @@ def _step(
     weights = tl.exp2(scores * (scale * _LOG2_E) - peak[:, None])
     shrink = tl.exp2(largest - peak)
     weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-    values = _keys(value_cache, table, tokens, there, kv_head, KV_HEADS, BLOCK_TOKENS, D)
+    values = load_tile(value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
     acc = dot(weights.to(query.dtype), values, acc * shrink[:, None])
     return peak, weight_sum, acc
 

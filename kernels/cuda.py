@@ -384,7 +384,7 @@ class CudaOps:
         """Programs of decode attention: what the device holds at once."""
         if self.device.type != "cuda":
             return 4
-        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+        return 3 * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def plan_step(self, inputs: StepInputs, geometry: Geometry) -> CudaStep:
         """A step on its own: tables and scratch are made for it, and all rows are prefill rows

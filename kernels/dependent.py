@@ -61,9 +61,15 @@ def dot(a, b, acc):
 def arrive(counter, number):
     """Count this program at `counter`; whether it is the last of `number`, which has then all
     that the others stored before. The last one resets the counter, for the next launch."""
+    return arrive_with(counter, 1, number)
+
+
+@triton.jit
+def arrive_with(counter, share, number):
+    """The same for a program that has done `share` of `number` pieces."""
     # Triton 3.6 puts no barrier before a scalar release: other warps' stores might follow it.
     tl.debug_barrier()
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == number - 1
+    is_last = tl.atomic_add(counter, share, sem="acq_rel") == number - share
     if is_last:
         tl.store(counter, 0)
     return is_last

@@ -10,32 +10,46 @@ from agentrt.kernels import Geometry
 
 
 @triton.jit
-def rotated(
-    heads,  # pointers to the first number of each head, [H]
-    there,  # [H], which of them exist
-    norm,  # [D], if NORM
-    cos,  # pointers to the D / 2 cosines of each head's position, [H]
-    sin,
-    eps,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """The heads [H, D], normed and turned, in float32. Half-split: d turns with d + D / 2."""
+def angles_at(cos, sin, position, D: tl.constexpr):
+    """Cosines and signed sines [D] of a position."""
+    columns = tl.arange(0, D)
+    cosines = tl.load(cos + position * (D // 2) + columns % (D // 2))
+    sines = tl.load(sin + position * (D // 2) + columns % (D // 2))
+    return cosines, tl.where(columns < D // 2, -sines, sines)
+
+
+@triton.jit
+def load_heads(heads, there, D: tl.constexpr):
+    """Heads [H, D] from pointers to their first numbers, and the same half a head further on:
+    number d turns with number d + D / 2."""
     columns = tl.arange(0, D)
     others = (columns + D // 2) % D
     values = tl.load(heads[:, None] + columns[None, :], mask=there[:, None], other=0.0)
     turned = tl.load(heads[:, None] + others[None, :], mask=there[:, None], other=0.0)
+    return values, turned
+
+
+@triton.jit
+def rotate(
+    values,  # [H, D], and `turned`, from load_heads
+    turned,
+    norm,  # [D], if NORM
+    cosines,  # [D], and `sines`, from angles_at
+    sines,
+    eps,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The heads, normed and turned, in float32."""
     values = values.to(tl.float32)
     turned = turned.to(tl.float32)
     if NORM:
+        columns = tl.arange(0, D)
         factor = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
         values = values * factor * tl.load(norm + columns).to(tl.float32)[None, :]
-        turned = turned * factor * tl.load(norm + others).to(tl.float32)[None, :]
-    half = columns % (D // 2)
-    cosines = tl.load(cos[:, None] + half[None, :], mask=there[:, None], other=0.0)
-    sines = tl.load(sin[:, None] + half[None, :], mask=there[:, None], other=0.0)
-    sines = tl.where(columns[None, :] < D // 2, -sines, sines)
-    return values * cosines + turned * sines
+        others = tl.load(norm + (columns + D // 2) % D).to(tl.float32)
+        turned = turned * factor * others[None, :]
+    return values * cosines[None, :] + turned * sines[None, :]
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
@@ -69,16 +83,14 @@ def append_kernel(
     head = tl.arange(0, HP)
     is_query = head < HEADS
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    angle = position * (D // 2) + head * 0
     pointers = start + head * D
+    cosines, sines = angles_at(cos, sin, position, D)
+    values, turned = load_heads(pointers, is_query | is_key, D)
+    both = rotate(values, turned, query_norm, cosines, sines, eps, D, NORM)
     if NORM:
-        query = rotated(pointers, is_query, query_norm, cos + angle, sin + angle, eps, D, NORM)
-        key = rotated(pointers, is_key, key_norm, cos + angle, sin + angle, eps, D, NORM)
-        both = tl.where(is_query[:, None], query, key)
-    else:
-        there = head < HEADS + KV_HEADS
-        both = rotated(pointers, there, query_norm, cos + angle, sin + angle, eps, D, NORM)
-    tl.debug_barrier()  # `rotated` reads what the next line overwrites, through other threads
+        key = rotate(values, turned, key_norm, cosines, sines, eps, D, NORM)
+        both = tl.where(is_query[:, None], both, key)
+    tl.debug_barrier()  # other threads read, as the other half, what the next lines overwrite
     both = both.to(qkv.dtype.element_ty)
     tl.store(pointers[:, None] + columns[None, :], both, mask=is_query[:, None])
     kv_head = head - HEADS

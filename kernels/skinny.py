@@ -77,6 +77,7 @@ def skinny_stage(
     NEXT: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     R: tl.constexpr = 64
@@ -101,8 +102,11 @@ def skinny_stage(
             one = tl.minimum(tile * (R // 2) + lane % (R // 2), N - 1) + lane // (R // 2) * N
         else:
             one = tl.minimum(tile * R + threads % R, N - 1)
-        half = KP // 2 * (threads // R)
-        nbytes: tl.constexpr = KP // 2 * (weight.dtype.element_ty.primitive_bitwidth // 8)
+        # No more than what the pipeline will ask for next: all programs' weights together would
+        # push one another out of the cache.
+        AHEAD: tl.constexpr = KP if KP < PREFETCH else PREFETCH
+        nbytes: tl.constexpr = AHEAD // 2 * (weight.dtype.element_ty.primitive_bitwidth // 8)
+        half = AHEAD // 2 * (threads // R)
         prefetch(
             weight + one.to(tl.int64) * K + split * KP + half,
             tl.full([_THREADS], nbytes, tl.int32),
@@ -255,6 +259,7 @@ def skinny_kernel(
     NEXT: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     skinny_stage(
@@ -285,6 +290,7 @@ def skinny_kernel(
         NEXT,
         SCALED,
         BIAS,
+        PREFETCH,
         PDL,
     )
 
@@ -297,6 +303,7 @@ class SkinnyTiles:
     splits: int
     columns: int
     num_stages: int
+    prefetch: int = 512  # columns that are asked for in the cache before the wait
 
     @classmethod
     def choose(cls, num_tiles: int, num_columns: int) -> SkinnyTiles:
@@ -384,6 +391,7 @@ def skinny(
         following is not None,
         scales is not None,
         bias is not None,
+        tiles.prefetch,
         pdl,
         num_warps=4,
         **launch_options(pdl),
