@@ -19,10 +19,12 @@ from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
 from agentrt.kernels.attention_decode import num_splits
-from agentrt.kernels.cuda import Chunk, CudaOps, Rows, Scratch
+from agentrt.kernels.attention_prefill import plan_tiles
+from agentrt.kernels.cuda import CudaOps, Rows, Scratch
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.sample import sample_rows
-from agentrt.models.base import Model
+from agentrt.mixed_graph import MixedGraphs, MixedWork
+from agentrt.models.llama import LlamaModel
 from agentrt.request import Request
 from agentrt.runner import copy_blocks, kv_pool
 from agentrt.sampler import MIN_TEMPERATURE, Sampled, draw_seed, is_drawn_on_device, sample
@@ -50,7 +52,7 @@ class CudaRunner:
     rings of page-locked buffers (NUM_BUFFERS long) never overwrite what is in use.
     """
 
-    model: Model
+    model: LlamaModel
     ops: CudaOps
     config: ResolvedConfig
     kv: Tensor
@@ -58,11 +60,12 @@ class CudaRunner:
     tables: BlockTables
     inputs: DecodeInputs
     graphs: DecodeGraphs
+    mixed: MixedGraphs
     uploader: Uploader
     _tickets: deque[tuple[Tensor, torch.cuda.Event]] = field(init=False)
 
     @classmethod
-    def open(cls, model: Model, compute: Compute, config: ResolvedConfig) -> CudaRunner:
+    def open(cls, model: LlamaModel, compute: Compute, config: ResolvedConfig) -> CudaRunner:
         """Allocate, compile and capture. Raises ConfigError on a shape that is not served."""
         ops, spec = compute.ops, model.spec
         assert isinstance(ops, CudaOps)
@@ -77,7 +80,6 @@ class CudaRunner:
             model.geometry,
             vocab_size=spec.vocab_size,
             max_batch=width,
-            max_context_tokens=config.max_context_tokens,
             device=compute.device,
         )
         num_blocks = config.max_context_tokens // config.block_tokens + 2
@@ -90,28 +92,20 @@ class CudaRunner:
         )
         inputs.get("slots", width).fill_(tables.idle_slot)
         uploader = Uploader(compute.device)
-        runner = cls(model, ops, config, kv, scratch, tables, inputs, graphs, uploader)
+        mixed = MixedGraphs(
+            model,
+            ops,
+            kv,
+            scratch,
+            tables.tables,
+            tables.last_tokens,
+            tokens,
+            tables.idle_slot,
+        )
         with torch.inference_mode():
             graphs.capture(config.max_batch)
-            runner._warm_up()
-        return runner
-
-    def _warm_up(self) -> None:
-        """Compile the kernels of mixed steps, on tokens of nobody: they go to block 0, which is
-        overwritten before it is read."""
-        for num_tokens in (16, 128, self.config.step_tokens):
-            num = min(num_tokens, self.config.block_tokens)
-            count = num_tokens // num
-            chunks = [(i * num, 0, num, self.tables.idle_slot) for i in range(count)]
-            self._compute_mixed(
-                token_ids=np.zeros(count * num, dtype=np.int32),
-                slots=np.full(count * num, self.tables.idle_slot, dtype=np.int32),
-                positions=np.tile(np.arange(num, dtype=np.int32), count),
-                splits=[],
-                chunks=chunks,
-                outputs=np.array([0], dtype=np.int32),
-            )
-        torch.cuda.synchronize()
+            mixed.capture(config.step_tokens)
+        return cls(model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader)
 
     @_tickets.default
     def _ring(self) -> deque[tuple[Tensor, torch.cuda.Event]]:
@@ -179,55 +173,27 @@ class CudaRunner:
 
     def _mixed(self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Decode rows and prefill chunks, or more decode rows than a graph has."""
-        counts = [work.num_tokens for work in works]
-        num_decode = sum(count == 1 for count in counts)
-        ends = np.cumsum(counts)
-        chunks: list[Chunk] = [
-            (int(end) - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
-            for work, end, slot in zip(works, ends, slots, strict=True)
-            if work.num_tokens > 1
-        ]
-        sampling = [row for row, work in enumerate(works) if work.samples]
+        work = _mixed_work(works, slots)
         self._update_tables(updates)
-        logits = self._compute_mixed(
-            token_ids=np.concatenate([_tokens(work) for work in works]),
-            slots=np.repeat(np.array(slots, dtype=np.int32), counts),
-            positions=np.concatenate([_positions(work) for work in works]),
-            splits=[num_splits(work.start) for work in works[:num_decode]],
-            chunks=chunks,
-            outputs=ends[sampling].astype(np.int32) - 1,
-        )
-        if sampling:
-            seeds, temperatures = _draws([works[row] for row in sampling])
-            out_slots = np.array(slots, dtype=np.int32)[sampling]
-            sampled = self.uploader.upload([out_slots, seeds, temperatures.view(np.int32)])
-            sample_rows(
-                logits,
-                sampled[2].view(torch.float32),
-                sampled[1],
-                sampled[0],
-                self.tables.last_tokens,
-                self.graphs.tokens,
-                self.scratch.sample,
-            )
-        return logits
+        graph = self.mixed.get(work)
+        if graph is None:
+            return self._without_graph(work)
+        tiles = plan_tiles(work.chunks, self._group, graph.layout.shape.rows)
+        self.uploader.upload_to(graph.flat, graph.layout.fill(work, tiles, self.tables.idle_slot))
+        graph.replay()
+        return graph.logits
 
-    def _compute_mixed(
-        self,
-        *,
-        token_ids: Array,
-        slots: Array,
-        positions: Array,
-        splits: list[int],
-        chunks: list[Chunk],
-        outputs: Array,
-    ) -> Tensor:
-        """Logits of the output rows."""
-        shape, tiles = self.ops.plan_chunks(chunks, self.model.geometry)
-        starts = np.cumsum([0, *splits], dtype=np.int32)
+    @property
+    def _group(self) -> int:
+        geometry = self.model.geometry
+        return geometry.num_heads // geometry.num_kv_heads
+
+    def _without_graph(self, work: MixedWork) -> Tensor:
+        """More rows of a kind than any graph has: kernel by kernel."""
+        shape, tiles = self.ops.plan_chunks(work.chunks, self.model.geometry)
         described = np.array(tiles, dtype=np.int32).reshape(-1)
-        arrays = [token_ids, slots, positions, starts, described, outputs]
-        parts = self.uploader.upload(arrays)
+        joined = [np.concatenate(pair) for pair in zip(work.decode, work.prefill, strict=True)]
+        parts = self.uploader.upload([*joined, work.starts, described, *work.outputs])
         rows = Rows(
             token_ids=parts[0],
             slots=parts[1],
@@ -245,7 +211,18 @@ class CudaRunner:
             self.scratch,
             parts[5],
         )
-        return self.model.run(step)
+        logits = self.model.run(step)
+        if len(parts[5]):
+            sample_rows(
+                logits,
+                parts[8].view(torch.float32),
+                parts[7],
+                parts[6],
+                self.tables.last_tokens,
+                self.graphs.tokens,
+                self.scratch.sample,
+            )
+        return logits
 
     def _update_tables(self, updates: tuple[Array, ...]) -> None:
         cells, blocks = updates
@@ -256,15 +233,42 @@ class CudaRunner:
     def close(self) -> None:
         torch.cuda.synchronize()
         self.kv = torch.empty(0)
-        del self.graphs, self.scratch, self.tables, self.inputs, self.model
+        del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
 
 
-def _tokens(work: Work) -> Array:
-    return work.request.tokens[work.start : work.start + work.num_tokens]
-
-
-def _positions(work: Work) -> Array:
-    return np.arange(work.start, work.start + work.num_tokens, dtype=np.int32)
+def _mixed_work(works: Sequence[Work], slots: list[int]) -> MixedWork:
+    """Flatten works, those of one token first."""
+    counts = [work.num_tokens for work in works]
+    num_decode = sum(count == 1 for count in counts)
+    ends = np.cumsum(counts)
+    sampling = [row for row, work in enumerate(works) if work.samples]
+    seeds, temperatures = _draws([works[row] for row in sampling])
+    by_work = np.array(slots, dtype=np.int32)
+    arrays = (
+        np.concatenate([w.request.tokens[w.start : w.start + w.num_tokens] for w in works]),
+        np.repeat(by_work, counts),
+        np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in works]),
+    )
+    decode, prefill = zip(
+        *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
+    )
+    splits = [num_splits(work.start) for work in works[:num_decode]]
+    return MixedWork(
+        decode=decode,
+        prefill=prefill,
+        starts=np.cumsum([0, *splits], dtype=np.int32),
+        chunks=[
+            (int(end) - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
+            for work, end, slot in zip(works, ends, slots, strict=True)
+            if work.num_tokens > 1
+        ],
+        outputs=(
+            (ends[sampling] - 1).astype(np.int32),
+            by_work[sampling],
+            seeds,
+            temperatures.view(np.int32),
+        ),
+    )
 
 
 def _draws(works: Sequence[Work]) -> tuple[Array, NDArray[np.float32]]:

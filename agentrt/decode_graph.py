@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agentrt.kernels.cuda import CudaOps, Rows, Scratch
 from agentrt.kernels.sample import sample_rows
-from agentrt.models.base import Model
+from agentrt.models.llama import LlamaModel
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
@@ -51,7 +51,7 @@ class DecodeGraph:
 class DecodeGraphs:
     """Owns a graph a bucket. They share their memory: one runs at a time."""
 
-    model: Model
+    model: LlamaModel
     ops: CudaOps
     kv: Tensor
     scratch: Scratch

@@ -40,7 +40,7 @@ async def measure(
 
             async def generate(_agent: str, ids: list[int], num: int) -> tuple[float, list[int]]:
                 begin, first, out = time.perf_counter(), None, []
-                async for event in engine.stream(ids, options(num)):  # noqa: B023
+                async for event in engine.stream(ids, options(num)):
                     if first is None:
                         first = time.perf_counter() - begin
                     out += getattr(event, "token_ids", ())

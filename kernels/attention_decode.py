@@ -1,6 +1,7 @@
 """Paged attention of decode rows: head norm, rotary embedding, append, and split softmax in one.
 
-A row's context is cut into splits of SPLIT_TOKENS tokens at absolute positions. A program takes an
+A row's context is cut into splits at absolute positions: of SPLIT_TOKENS tokens, doubled until there
+are no more than MAX_SPLITS of them, so that merging stays short. A program takes an
 even share of all (row, kv head, split) items, consecutive ones, and streams through their keys and
 values; it turns the queries itself, and who has a row's last split also turns its key and writes
 key and value to the cache. The last split of a row and kv head to
@@ -21,9 +22,14 @@ from agentrt.kernels.gemv import launch_options
 from agentrt.kernels.rotary import angles_at, load_heads, rotate
 
 SPLIT_TOKENS = 256
+MAX_SPLITS = 64
 MAX_BATCH = 64  # with more rows another kernel is compiled
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_THREADS = tl.constexpr(128)
+NUM_THREADS = 128
+_THREADS = tl.constexpr(NUM_THREADS)
+_SPLIT_TOKENS = tl.constexpr(SPLIT_TOKENS)
+_LONG = tl.constexpr(SPLIT_TOKENS * MAX_SPLITS)
+_DOUBLINGS = tl.constexpr(10)
 
 
 @triton.jit
@@ -61,6 +67,16 @@ def load_tile(
         cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + offsets % BLOCK_TOKENS
     places = cells[:, None] * D + tl.arange(0, D)[None, :]
     return tl.load(cache + places, mask=(start + offsets < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _split_tokens(position):
+    """Tokens of a split of the row whose own token stands at `position`; see `split_tokens`."""
+    times = position // _LONG
+    factor = 1
+    for i in tl.static_range(_DOUBLINGS):
+        factor += tl.where(times >= 1 << i, 1 << i, 0)
+    return _SPLIT_TOKENS * factor
 
 
 @triton.jit
@@ -104,7 +120,6 @@ def decode_attention_stage(
     D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TABLE: tl.constexpr,
-    SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
@@ -126,7 +141,7 @@ def decode_attention_stage(
     if PDL and item < stop:
         inside = item - first * KV_HEADS
         _prefetch_split(
-            inside % num_splits * SPLIT,
+            inside % num_splits * _split_tokens(position),
             position,
             tables + slot.to(tl.int64) * TABLE,
             inside // num_splits,
@@ -135,9 +150,9 @@ def decode_attention_stage(
             KV_HEADS,
             D,
             BLOCK_TOKENS,
-            SPLIT,
         )
-    wait_previous(PDL)
+    if (item < stop) | (program == 0):  # programs without work leave room for the next kernel
+        wait_previous(PDL)
     group = tl.arange(0, M)
     columns = tl.arange(0, D)
     tokens = tl.arange(0, TILE)
@@ -147,6 +162,7 @@ def decode_attention_stage(
         inside = item - first * KV_HEADS
         kv_head = inside // num_splits
         split = inside % num_splits
+        tokens_each = _split_tokens(position)
         until = tl.minimum(split + stop - item, num_splits)
         place = first * KV_HEADS + kv_head * num_splits  # of the row's and head's first split
         table = tables + slot.to(tl.int64) * TABLE
@@ -156,19 +172,19 @@ def decode_attention_stage(
         query_values, query_turned = load_heads(line + (kv_head * G + group) * D, group < G, D)
         key_at = line + (HEADS + kv_head) * D + one
         own_values, own_turned = load_heads(key_at, (one == 0) & has_own, D)
-        own_value = tl.load(key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0)
+        own_value = tl.load(
+            key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0
+        )
         query = rotate(query_values, query_turned, query_norm, cosines, sines, eps, D, NORM).to(
             qkv.dtype.element_ty
         )
         largest = tl.full([M], float("-inf"), tl.float32)
         weight_sum = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
-        end = tl.minimum(until * SPLIT, position)  # of the cached tokens
-        for start in tl.range(split * SPLIT, end, TILE, num_stages=STAGES):
+        end = tl.minimum(until * tokens_each, position)  # of the cached tokens
+        for start in tl.range(split * tokens_each, end, TILE, num_stages=STAGES):
             there = start + tokens < end
-            keys = load_tile(
-                key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE
-            )
+            keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
             scores = dot(query, tl.trans(keys.to(query.dtype)), tl.zeros([M, TILE], tl.float32))
             scores = tl.where(there[None, :], scores * (scale * _LOG2_E), float("-inf"))
             peak = tl.maximum(largest, tl.max(scores, 1))
@@ -180,8 +196,10 @@ def decode_attention_stage(
             )
             acc = dot(weights.to(query.dtype), values.to(query.dtype), acc * shrink[:, None])
             largest = peak
-            if (start + TILE) % SPLIT == 0 and (start + TILE < until * SPLIT or not has_own):
-                done = place + start // SPLIT
+            if (start + TILE) % tokens_each == 0 and (
+                start + TILE < until * tokens_each or not has_own
+            ):
+                done = place + start // tokens_each
                 _store_split(partial, peaks, done, acc, largest, weight_sum, M, D, GP)
                 largest = tl.full([M], float("-inf"), tl.float32)
                 weight_sum = tl.zeros([M], tl.float32)
@@ -233,12 +251,11 @@ def _prefetch_split(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Keys and values of earlier steps: a piece of a block a thread. Only they may be asked for
     before the kernel's predecessor has ended."""
     lane = tl.arange(0, _THREADS)
-    PIECES: tl.constexpr = _THREADS * BLOCK_TOKENS // (2 * SPLIT)  # of a block's keys
+    PIECES: tl.constexpr = _THREADS * BLOCK_TOKENS // (2 * _SPLIT_TOKENS)  # of a block's keys
     token = tl.minimum(begin + lane // (2 * PIECES) * BLOCK_TOKENS, position)
     block = tl.load(table + token // BLOCK_TOKENS).to(tl.int64)
     cell = (block * KV_HEADS + kv_head) * (BLOCK_TOKENS * D)
@@ -289,7 +306,7 @@ def _merge(
     largest = tl.full([GP], float("-inf"), tl.float32)
     weight_sum = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, D], tl.float32)
-    for start in range(0, num_splits, AT_ONCE):
+    for start in tl.range(0, num_splits, AT_ONCE, num_stages=3):
         there = start + splits < num_splits
         at = place + start + splits
         cells = at[:, None] * (2 * GP) + group[None, :]
@@ -343,7 +360,6 @@ def decode_attention_kernel(
     D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TABLE: tl.constexpr,
-    SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
@@ -377,7 +393,6 @@ def decode_attention_kernel(
         D,
         BLOCK_TOKENS,
         TABLE,
-        SPLIT,
         TILE,
         STAGES,
         NORM,
@@ -425,7 +440,12 @@ class DecodeRows:
 
 def num_splits(position: int) -> int:
     """Splits of a row whose own token stands at `position`."""
-    return position // SPLIT_TOKENS + 1
+    return position // split_tokens(position) + 1
+
+
+def split_tokens(position: int) -> int:
+    """Tokens of each: it depends on the row's own context alone."""
+    return SPLIT_TOKENS << (position // (SPLIT_TOKENS * MAX_SPLITS)).bit_length()
 
 
 def decode_attention(
@@ -447,7 +467,7 @@ def decode_attention(
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
     group = heads // kv_heads
-    tile = tile or (64, 4 if dim < 128 else 3, 4)
+    tile = tile or (128 if dim < 128 else 64, 3, 4)
     decode_attention_kernel[(num_programs,)](
         qkv,
         kv[0],
@@ -473,7 +493,6 @@ def decode_attention(
         dim,
         block_tokens,
         rows.tables.shape[1],
-        SPLIT_TOKENS,
         tile[0],
         tile[1],
         norms is not None,

@@ -61,7 +61,7 @@ def prefill_attention_kernel(
     value_cache,
     out,  # [rows, heads * D]
     tables,  # [slots, TABLE]
-    tiles,  # [programs, 4]: first row, its position, number of rows, slot
+    tiles,  # [programs, 4]: first row, its position, number of rows (0: nothing to do), slot
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -80,6 +80,8 @@ def prefill_attention_kernel(
     first_row = tl.load(description)
     first_position = tl.load(description + 1)
     num_rows = tl.load(description + 2)
+    if num_rows == 0:
+        return
     table = tables + tl.load(description + 3).to(tl.int64) * TABLE
     cells = tl.arange(0, M)
     token = cells // GP
@@ -164,8 +166,8 @@ class PrefillTiles:
         padded = triton.next_power_of_2(group)
         short = num_tokens * padded * kv_heads < 128 * 132
         if dim <= 64:
-            return cls(64, 128, 3, 4) if short else cls(128, 128, 3, 8)
-        return cls(64, 64, 3, 4) if short else cls(128, 128, 2, 8)
+            return cls(64 if short else 128, 128, 3, 4)
+        return cls(64, 64, 3, 4) if short else cls(256, 64, 3, 8)
 
 
 def plan_tiles(

@@ -17,6 +17,7 @@ from torch import Tensor
 from agentrt.errors import ConfigError
 from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
 from agentrt.kernels.attention_decode import (
+    MAX_SPLITS,
     DecodeRows,
     DecodeWork,
     decode_attention,
@@ -28,8 +29,8 @@ from agentrt.kernels.rotary import append_heads
 from agentrt.kernels.rows import embed, rms_norm, silu_mul
 from agentrt.kernels.sample import num_chunks
 from agentrt.kernels.skinny import (
+    MAX_PROGRAMS,
     MAX_ROWS,
-    NUM_PROGRAMS,
     TILE_ROWS,
     Normed,
     SkinnyWork,
@@ -77,19 +78,18 @@ class Scratch:
         *,
         vocab_size: int,
         max_batch: int,
-        max_context_tokens: int,
         device: torch.device,
     ) -> Scratch:
-        """Room for `max_batch` decode rows of the longest context."""
+        """Room for `max_batch` decode rows."""
 
         def counters(number: int) -> Tensor:
             return torch.zeros(number, dtype=torch.int32, device=device)
 
         partial = torch.empty(
-            NUM_PROGRAMS * TILE_ROWS * MAX_ROWS, dtype=torch.float32, device=device
+            MAX_PROGRAMS * TILE_ROWS * MAX_ROWS, dtype=torch.float32, device=device
         )
         decode = DecodeWork.allocate(
-            num_splits(max_context_tokens) * max_batch,
+            (MAX_SPLITS + 1) * max_batch,
             max_batch,
             geometry.num_heads,
             geometry.num_kv_heads,
@@ -99,7 +99,7 @@ class Scratch:
         chunks = num_chunks(vocab_size) * max_batch
         best = torch.empty(chunks, dtype=torch.float32, device=device)
         return cls(
-            SkinnyWork(partial, counters(NUM_PROGRAMS)),
+            SkinnyWork(partial, counters(MAX_PROGRAMS)),
             decode,
             (best, counters(chunks), counters(max_batch)),
         )
@@ -277,7 +277,11 @@ class Attention:
     pdl: bool
 
     def attend(
-        self, qkv: Tensor, kv: Tensor, geometry: Geometry, norms: tuple[Tensor, Tensor] | None
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        norms: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], geometry.num_heads * geometry.head_dim)
         rows, num = self.rows, self.num_decode
@@ -384,7 +388,7 @@ class CudaOps:
         """Programs of decode attention: what the device holds at once."""
         if self.device.type != "cuda":
             return 4
-        return 3 * torch.cuda.get_device_properties(self.device).multi_processor_count
+        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def plan_step(self, inputs: StepInputs, geometry: Geometry) -> CudaStep:
         """A step on its own: tables and scratch are made for it, and all rows are prefill rows
@@ -402,7 +406,6 @@ class CudaOps:
             geometry,
             vocab_size=1,
             max_batch=max(work.num_decode, 1),
-            max_context_tokens=tables.shape[1] * inputs.kv.shape[4],
             device=self.device,
         )
         starts = torch.tensor(work.starts, dtype=torch.int32).to(self.device)
@@ -447,7 +450,12 @@ class CudaOps:
         return CudaStep(rows, kv, geometry, products, attention, outputs)
 
     def plan_decode(
-        self, rows: Rows, starts: Tensor, kv: Tensor, geometry: Geometry, scratch: Scratch
+        self,
+        rows: Rows,
+        starts: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        scratch: Scratch,
     ) -> CudaStep:
         """A step of decode rows alone, all on the device: what a graph is captured from."""
         batch = rows.token_ids.shape[0]

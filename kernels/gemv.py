@@ -163,14 +163,19 @@ class GemvTiles:
 
     @classmethod
     def choose(cls, num_rows: int, num_columns: int, kind: int) -> GemvTiles:
-        """Tiles of 8 to 32 KiB. The measured best of an H100 at 2,048 and 8,192 columns."""
-        columns = 2048 if kind == ADD else 1024
+        """What was best on an H100 within whole steps of 1B and 8B shapes."""
+        if kind == ADD:
+            rows, columns, num_warps = (8, 2048, 8) if num_columns >= 4096 else (4, 2048, 4)
+        elif num_columns >= 4096:
+            is_wide = kind == GATE_UP or num_rows >= 65536
+            rows, columns, num_warps = (2, 4096, 8) if is_wide else (4, 2048, 8)
+        elif kind == GATE_UP:
+            rows, columns, num_warps = 2, 1024, 4
+        else:
+            rows, columns, num_warps = (4, 1024, 4) if num_rows >= 65536 else (8, 1024, 8)
         while num_columns % columns and columns > 512:
-            columns //= 2
-        columns = min(columns, triton.next_power_of_2(num_columns))
-        if kind == ADD and num_columns >= 4096:
-            return cls(8, columns, 8)
-        return cls(4, columns, 8 if kind == GATE_UP else 4)
+            columns, rows = columns // 2, rows * 2
+        return cls(rows, min(columns, triton.next_power_of_2(num_columns)), num_warps)
 
 
 def gemv(

@@ -59,7 +59,7 @@ def append_kernel(
     value_cache,
     tables,  # [slots, TABLE]
     slots,  # [rows]
-    positions,  # [rows]
+    positions,  # [rows]; negative: an idle row, of which nothing is kept
     cos,  # [context, D / 2]
     sin,
     query_norm,
@@ -76,6 +76,8 @@ def append_kernel(
     """Of one row: turn queries and keys, and write keys and values into their block."""
     row = tl.program_id(0)
     position = tl.load(positions + row)
+    if position < 0:
+        return
     place = tables + tl.load(slots + row).to(tl.int64) * TABLE + position // BLOCK_TOKENS
     block = tl.load(place).to(tl.int64)
     start = qkv + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D)

@@ -25,7 +25,8 @@ from agentrt.kernels.gemv import ADD, GATE_UP, STORE, launch_options
 
 TILE_ROWS = 64
 MAX_ROWS = 64  # of the batch
-NUM_PROGRAMS = 264  # that an H100 holds at once: two on each of its 132 multiprocessors
+MAX_PROGRAMS = 400  # of a product whose K is split: what is best on an H100
+MIN_SPLIT_COLUMNS = 512
 
 _STORE = tl.constexpr(STORE)
 _ADD = tl.constexpr(ADD)
@@ -303,17 +304,17 @@ class SkinnyTiles:
     splits: int
     columns: int
     num_stages: int
-    prefetch: int = 512  # columns that are asked for in the cache before the wait
+    prefetch: int = 256  # columns that are asked for in the cache before the wait
 
     @classmethod
     def choose(cls, num_tiles: int, num_columns: int) -> SkinnyTiles:
-        """Splits so that all programs fit on the device at once, where tiles are too few."""
+        """Splits where tiles are too few for the device; the numbers are those of an H100."""
         columns = min(128, max(16, triton.next_power_of_2(num_columns)))
         splits = 1
         while (
-            num_tiles * splits * 2 <= NUM_PROGRAMS
+            num_tiles * splits * 2 <= MAX_PROGRAMS
             and num_columns % (splits * 2 * columns) == 0
-            and num_columns // (splits * 2) >= 2 * columns
+            and num_columns // (splits * 2) >= MIN_SPLIT_COLUMNS
         ):
             splits *= 2
         return cls(splits, columns, 4)
