@@ -17,7 +17,8 @@ HOST_SHARE_OF_FREE_MEMORY = 0.3
 DISK_SHARE = 0.1  # of the free space where the cache folder lies
 MOST_DISK_BYTES = 8 << 30
 LEAST_DISK_BYTES = 256 << 20
-BLOCK_TOKENS = {"cpu": 256, "cuda": 16}
+KV_SHARE_OF_FREE_DEVICE_MEMORY = 0.8
+BLOCK_TOKENS = {"cpu": 256, "cuda": 64}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
@@ -89,9 +90,15 @@ class EngineConfig:
     random_weights: bool = field(default=False, validator=_checked(instance_of(bool)))
 
     def resolve(
-        self, *, device: str, kv_token_bytes: int, model_context_tokens: int
+        self,
+        *,
+        device: str,
+        kv_token_bytes: int,
+        model_context_tokens: int,
+        free_device_bytes: int | None = None,
     ) -> ResolvedConfig:
         """The numbers of one engine, for a model whose KV takes `kv_token_bytes` a token.
+        `free_device_bytes` is given where the device has memory of its own.
 
         Raises ConfigError where the pool cannot hold one block for each of two requests.
         """
@@ -101,7 +108,11 @@ class EngineConfig:
         useful_bytes = (-(-context // block_tokens) + 1) * block_bytes * self.max_batch
         pool_bytes = self.device_kv_bytes
         if pool_bytes is None:
-            pool_bytes = min(useful_bytes, int(free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY))
+            if free_device_bytes is None:
+                free_bytes = int(free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY)
+            else:
+                free_bytes = int(free_device_bytes * KV_SHARE_OF_FREE_DEVICE_MEMORY)
+            pool_bytes = min(useful_bytes, free_bytes)
         num_blocks = pool_bytes // block_bytes
         if num_blocks < 2:
             raise ConfigError(

@@ -115,7 +115,7 @@ def open_parts(
         path = locate(model, config.cache_dir, report("fetching"))
     loaded = load_model(path, config, report("loading"))
     resolved = _resolve(config, loaded)
-    runner = ModelRunner(loaded.model, loaded.compute, resolved)
+    runner = _runner(loaded, resolved)
     fingerprint = fingerprint_of(config, loaded, resolved.kv_token_bytes)
     loop, tiers = build_loop(
         config,
@@ -124,6 +124,7 @@ def open_parts(
         runner,
         poster(event_loop),
         device=loaded.compute.device.type,
+        **_tiers_memory(loaded.compute.device.type),
     )
     chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
     report("starting")(1, 1)
@@ -162,12 +163,30 @@ def build_loop(
     return loop, tiers
 
 
+def _tiers_memory(device: str) -> dict[str, Any]:
+    """Page-locked memory for the host tier of a GPU."""
+    if device != "cuda":
+        return {}
+    from agentrt.transfer_cuda import allocate_pinned
+
+    return {"allocate": allocate_pinned}
+
+
+def _runner(loaded: LoadedModel, resolved: ResolvedConfig) -> Runner:
+    if loaded.compute.ops.name != "triton":
+        return ModelRunner(loaded.model, loaded.compute, resolved)
+    from agentrt.cuda_runner import CudaRunner  # loads Triton, which the CPU path does without
+
+    return CudaRunner.open(loaded.model, loaded.compute, resolved)
+
+
 def _resolve(config: EngineConfig, loaded: LoadedModel) -> ResolvedConfig:
     spec, compute = loaded.model.spec, loaded.compute
     return config.resolve(
         device=compute.device.type,
         kv_token_bytes=spec.kv_values_per_token * compute.dtype.itemsize,
         model_context_tokens=spec.max_context_tokens,
+        free_device_bytes=compute.free_device_bytes(),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -12,7 +13,7 @@ from agentrt.cache.chunk import ChunkIndex
 from agentrt.cache.disk import DiskTier, Victims
 from agentrt.cache.disk_writer import MIN_QUOTA_BYTES
 from agentrt.cache.evict import TierRates
-from agentrt.cache.host import HostTier
+from agentrt.cache.host import HostTier, allocate_pages
 from agentrt.cache.keys import Fingerprint, root_key
 from agentrt.cache.lower import LowerTiers
 from agentrt.cache.split import Rates
@@ -50,6 +51,7 @@ def open_tiers(
     *,
     device: str,
     chunk_tokens: int = CHUNK_TOKENS,
+    allocate: Callable[[int], Any] = allocate_pages,
 ) -> OpenTiers:
     """Open the tiers that the config asks for. A disk tier that cannot be had is said once, in the
     log, and the engine runs on without it."""
@@ -73,7 +75,7 @@ def open_tiers(
     token_bytes = resolved.kv_token_bytes
     tiers = LowerTiers(
         ChunkIndex(root_key(fingerprint), chunk_tokens),
-        HostTier(host_bytes, slot_bytes),
+        HostTier(host_bytes, slot_bytes, allocate),
         disk,
         token_bytes=token_bytes,
         keeps_host=resolved.host_kv_bytes >= slot_bytes,

@@ -11,20 +11,30 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.mover import Job, prefill_cost_tokens
 from agentrt.request import Request, State
-from agentrt.runner import Runner
-from agentrt.sampler import Sampled, sample
+from agentrt.runner import Runner, Ticket
+from agentrt.sampler import Sampled
 from agentrt.scheduler import Plan, Scheduler, Work
 from agentrt.transfer import TransferThread
 from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
 
 T = TypeVar("T")
 Sink = Callable[[Any], None]
+
+
+@frozen
+class Launched:
+    """A step on the device, not collected yet."""
+
+    ticket: Ticket
+    begin_s: float
+    num_rows: int
+    prefill: list[tuple[int, int]]  # tokens [start, end) of each chunk
 
 
 @define(eq=False)
@@ -50,6 +60,8 @@ class Loop:
     _events: list[tuple[Sink, Any]] = field(factory=list, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _is_idle: bool = field(default=True, init=False)  # nothing can run before a command comes
+    _in_flight: Launched | None = field(default=None, init=False)
+    _collected_s: float = field(default=0.0, init=False)  # when the last step was collected
 
     def start(self) -> None:
         """Run the steps on a new thread."""
@@ -209,41 +221,66 @@ class Loop:
             self._finish(request, "cancelled", self.clock())
 
     def _step(self) -> None:
+        """Launch a step, then take the tokens of the one before: while the caller's side of that
+        is done, the device works. A step whose tokens the next plan needs is collected at once.
+        """
         begin = self.clock()
         plan = self.scheduler.plan(begin)
         if plan.copies:
             self.runner.copy(plan.copies)
         self._start_transfers()
-        self._is_idle = not plan.work
+        self._is_idle = not plan.work and self._in_flight is None
         if self._is_idle:
             return
-        self._count(plan)
-        forward = self.clock()
-        batch, logits = self.runner.run(plan)
-        sampled = (
-            sample(logits, [work.request for work in batch.sampling]) if batch.sampling else []
-        )
-        now = self.clock()
-        self._note_rate(plan, now - forward)
-        for work in plan.work:
-            self.scheduler.computed(work, now)
-        for work, result in zip(batch.sampling, sampled, strict=True):
-            self._take(work.request, result, now)
-        # Both at once, and before a caller hears of the step: its `stats()` must add up.
+        previous, self._in_flight = self._in_flight, None
+        if plan.work:
+            self._in_flight = self._launch(plan)
+        if previous is not None:
+            self._collect(previous)
+        if self._in_flight is not None and not self._in_flight.ticket.runs_ahead:
+            launched, self._in_flight = self._in_flight, None
+            self._collect(launched)
+        # Before a caller hears of the step: its `stats()` must add up.
         end = self.clock()
-        self.counters.forward_s += now - forward
         self.counters.step_s += end - begin
         self._flush()
         self.counters.step_s += self.clock() - end
 
-    def _note_rate(self, plan: Plan, seconds: float) -> None:
+    def _launch(self, plan: Plan) -> Launched:
+        """Hand a plan to the device. What it computes counts as computed from now on: the device
+        does one step after the other."""
+        self._count(plan)
+        begin = self.clock()
+        ticket = self.runner.launch(plan)
+        now = self.clock()
+        self.counters.forward_s += now - begin
+        spans = [(w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1]
+        for work in plan.work:
+            self.scheduler.computed(work, now)
+        if ticket.runs_ahead:
+            for work in ticket.sampling:
+                work.request.expect()
+        return Launched(ticket, begin, plan.num_rows, spans)
+
+    def _collect(self, launched: Launched) -> None:
+        """Take a step's tokens; requests that ended since get none."""
+        forward = self.clock()
+        sampled = self.runner.collect(launched.ticket)
+        now = self.clock()
+        self.counters.forward_s += now - forward
+        self._note_rate(launched, now - max(launched.begin_s, self._collected_s))
+        self._collected_s = now
+        for work, result in zip(launched.ticket.sampling, sampled, strict=True):
+            if work.request.state is not State.FINISHED:
+                self._take(work.request, result, now)
+
+    def _note_rate(self, launched: Launched, seconds: float) -> None:
         """Learn what prefill costs from a step that did little else."""
         mover = self.scheduler.mover
-        if mover is not None:
-            spans = [(w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1]
-            num_tokens = sum(end - start for start, end in spans)
-            if num_tokens > plan.num_rows / 2:
-                mover.rates.note_compute(num_tokens, prefill_cost_tokens(spans), seconds)
+        num_tokens = sum(end - start for start, end in launched.prefill)
+        # Without a token to sample, `collect` need not have waited for the device.
+        if mover is not None and launched.ticket.sampling and num_tokens > launched.num_rows / 2:
+            mover.rates.note_compute(num_tokens, prefill_cost_tokens(launched.prefill), seconds)
 
     def _count(self, plan: Plan) -> None:
         counters = self.counters
@@ -269,6 +306,7 @@ class Loop:
                 raise result
             self._take_token(request, *result, now)
         except RequestInvalid as exc:
+            request.drop_pending()
             self.scheduler.finish(request, now)
             del self._live[request.id]
             self._events.append((request.sink, exc))
@@ -299,6 +337,7 @@ class Loop:
         rest = request.text.finish()
         if rest:
             self._events.append((request.sink, TextDelta(rest, ())))
+        request.drop_pending()
         self.scheduler.finish(request, now)
         del self._live[request.id]
         self.counters.finished += 1

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from agentrt.output import OutputText
 
 TokenArray = "NDArray[np.int32]"
+PENDING = -1  # stands for a token that the device has not told yet
 
 
 def prompt_array(ids: Any, vocab_size: int) -> NDArray[np.int32]:
@@ -89,7 +90,8 @@ class Request:
 
     Invariant: `tokens[:num_tokens]` is prompt + output; the KV of `tokens[:num_computed]` is in
     the lease's blocks. While decoding, num_computed == num_tokens - 1. A lease is held in PREFILL
-    and DECODE only.
+    and DECODE only. The last `num_pending` tokens are still being sampled by the device, and stand
+    in `tokens` as PENDING; between steps all below `num_computed` are known.
     """
 
     id: str
@@ -107,6 +109,7 @@ class Request:
 
     state: State = State.WAITING
     num_tokens: int = field()
+    num_pending: int = 0
     num_computed: int = 0
     lease: Lease | None = None
     load: Load | None = None
@@ -130,21 +133,39 @@ class Request:
     @property
     def known(self) -> NDArray[np.int32]:
         """Prompt and output so far."""
-        return self.tokens[: self.num_tokens]
+        return self.tokens[: self.num_tokens - self.num_pending]
 
     @property
     def output(self) -> NDArray[np.int32]:
         """The output so far."""
-        return self.tokens[self.num_prompt_tokens : self.num_tokens]
+        return self.tokens[self.num_prompt_tokens : self.num_tokens - self.num_pending]
 
     @property
     def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+        return self.num_tokens - self.num_pending - self.num_prompt_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its last token is sampled, or being sampled."""
+        return self.num_tokens >= self.max_total_tokens
+
+    def expect(self) -> None:
+        """Make room for a token that the device is about to sample."""
+        self.tokens[self.num_tokens] = PENDING
+        self.num_tokens += 1
+        self.num_pending += 1
 
     def append(self, token_id: int) -> None:
-        """Take a sampled token."""
-        self.tokens[self.num_tokens] = token_id
-        self.num_tokens += 1
+        """Take a sampled token: the oldest expected one, if any is."""
+        if self.num_pending == 0:
+            self.expect()
+        self.tokens[self.num_tokens - self.num_pending] = token_id
+        self.num_pending -= 1
+
+    def drop_pending(self) -> None:
+        """Forget the tokens that are expected: the request ends before them."""
+        self.num_tokens -= self.num_pending
+        self.num_pending = 0
 
     def limit_reached(self, token_id: int) -> FinishReason | None:
         """Why the request ends with `token_id` as its newest token, if it does."""
@@ -155,7 +176,7 @@ class Request:
             return "stop"
         if self.constraint is not None and self.constraint.is_finished:
             return "stop"
-        if self.num_tokens >= self.max_total_tokens:
+        if self.is_full and self.num_pending == 0:
             return "length"
         return None
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor
 
-from agentrt.batch import Batch, build_batch
+from agentrt.batch import build_batch
 from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
 from agentrt.kernels.dispatch import Compute
-from agentrt.models.base import Model
-from agentrt.scheduler import Plan
+from agentrt.models.base import Model, ModelSpec
+from agentrt.sampler import Sampled, sample
+from agentrt.scheduler import Plan, Work
 from agentrt.transfer import Copier, HostCopier
+
+
+class Ticket(Protocol):
+    """A step that was launched."""
+
+    @property
+    def sampling(self) -> tuple[Work, ...]:
+        """The work that gives a token each."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next step may be launched before this one's tokens are known: the device
+        samples them, and a later launch finds them there, where a request has PENDING."""
 
 
 class Runner(Protocol):
@@ -26,8 +40,11 @@ class Runner(Protocol):
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make copies inside the KV pool, before anything else reads or writes it."""
 
-    def run(self, plan: Plan) -> tuple[Batch, Tensor]:
-        """Compute a plan. Returns the batch and float32 logits [samples, vocab]."""
+    def launch(self, plan: Plan) -> Any:
+        """Begin to compute a plan, or compute it. Returns a Ticket of the runner's own kind."""
+
+    def collect(self, ticket: Any) -> Sequence[Sampled]:
+        """Wait for a step, and give its tokens, in the order of the ticket's sampling."""
 
     def copier(self) -> Copier:
         """What moves KV between the pool and the tiers below it."""
@@ -36,10 +53,26 @@ class Runner(Protocol):
         """Give the memory back."""
 
 
+@frozen
+class Computed:
+    """The ticket of a step that is done: logits [samples, vocab], float32."""
+
+    sampling: tuple[Work, ...]
+    logits: Tensor
+    runs_ahead: bool = False
+
+
+def collect_computed(ticket: Computed) -> list[Sampled]:
+    """Sample on the host's side."""
+    if not ticket.sampling:
+        return []
+    return sample(ticket.logits, [work.request for work in ticket.sampling])
+
+
 @define
 class ModelRunner:
     """Owns the KV pool [layers, 2, blocks, kv_heads, block_tokens, dim]. Only the step thread calls
-    `run`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0, so must be finite.
+    `launch`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0, so must be finite.
     """
 
     model: Model
@@ -49,36 +82,22 @@ class ModelRunner:
 
     @kv.default
     def _pool(self) -> Tensor:
-        spec, config = self.model.spec, self.config
-        shape = (
-            spec.num_layers,
-            2,
-            config.num_blocks,
-            spec.num_kv_heads,
-            config.block_tokens,
-            spec.head_dim,
-        )
-        dtype, device = self.compute.dtype, self.compute.device
-        if device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=device)
-        # calloc: the system hands out zeroed pages when they are first written
-        pool = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-        return torch.from_numpy(pool).view(dtype).view(shape)
+        return kv_pool(self.model.spec, self.config, self.compute)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> tuple[Batch, Tensor]:
+    def launch(self, plan: Plan) -> Computed:
         batch = build_batch(plan, self.compute.device)
         logits = self.model.forward(
             batch.token_ids, batch.positions, batch.segments, self.kv, batch.output_rows
         )
-        return batch, logits
+        return Computed(batch.sampling, logits)
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
-        for copy in copies:
-            self.kv[:, :, copy.target, :, : copy.num_tokens] = self.kv[
-                :, :, copy.source, :, : copy.num_tokens
-            ]
+        copy_blocks(self.kv, copies)
+
+    def collect(self, ticket: Computed) -> list[Sampled]:
+        return collect_computed(ticket)
 
     def copier(self) -> Copier:
         return HostCopier(self.kv.view(torch.uint8).numpy())
@@ -86,3 +105,26 @@ class ModelRunner:
     def close(self) -> None:
         self.kv = torch.empty(0)
         del self.model
+
+
+def kv_pool(spec: ModelSpec, config: ResolvedConfig, compute: Compute) -> Tensor:
+    """Zeroed memory [layers, 2, blocks, kv_heads, block_tokens, dim]."""
+    shape = (
+        spec.num_layers,
+        2,
+        config.num_blocks,
+        spec.num_kv_heads,
+        config.block_tokens,
+        spec.head_dim,
+    )
+    if compute.device.type != "cpu":
+        return torch.zeros(shape, dtype=compute.dtype, device=compute.device)
+    # calloc: the system hands out zeroed pages when they are first written
+    pool = np.zeros(math.prod(shape) * compute.dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pool).view(compute.dtype).view(shape)
+
+
+def copy_blocks(kv: Tensor, copies: Sequence[Copy]) -> None:
+    """Make the block copies that a plan asks for."""
+    for copy in copies:
+        kv[:, :, copy.target, :, : copy.num_tokens] = kv[:, :, copy.source, :, : copy.num_tokens]

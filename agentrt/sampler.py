@@ -48,6 +48,32 @@ def is_plain(request: Request) -> bool:
     )
 
 
+def is_drawn_on_device(request: Request) -> bool:
+    """Whether a device can draw the token by itself: the argmax, or softmax at a temperature."""
+    options = request.options
+    return (
+        request.constraint is None
+        and options.top_logprobs is None
+        and not options.logit_bias
+        and not has_penalties(options)
+        and (options.temperature == 0 or not has_filters(options))
+    )
+
+
+def has_filters(options: GenerateOptions) -> bool:
+    return options.top_k > 0 or options.top_p < 1 or options.min_p > 0
+
+
+def draw_seed(request: Request, position: int) -> int:
+    """The seed of one draw on the device, as int32: of the request's own seed and the position,
+    so that a draw depends on nothing else."""
+    if request.rng is None:
+        seed = request.options.seed
+        request.rng = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    mixed = np.random.SeedSequence([request.rng, position]).generate_state(1, np.uint32)
+    return int(mixed.view(np.int32)[0])
+
+
 def has_penalties(options: GenerateOptions) -> bool:
     return (
         options.repetition_penalty != 1

@@ -81,7 +81,7 @@ class Scheduler:
         """Choose the next step's work. Empty when nothing can run."""
         copies: list[Copy] = []
         self._make_room(now)
-        work = [Work(r, r.num_computed, 1) for r in self.running if r.state is State.DECODE]
+        work = [Work(r, r.num_computed, 1) for r in self.running if wants_token(r)]
         budget = self.config.step_tokens - len(work)
         for request in self.running:
             if request.state is State.PREFILL and budget > 0:
@@ -146,7 +146,9 @@ class Scheduler:
             resident = self.cache.peek(request.known, request.namespace)
             return resident + AGEING_TOKENS_PER_S * (now - request.submitted_s)
 
-        return sorted(self.waiting[:WINDOW], key=value, reverse=True)
+        # One that was preempted while the device sampled its token waits until that is known.
+        ready = [request for request in self.waiting[:WINDOW] if request.num_pending == 0]
+        return sorted(ready, key=value, reverse=True)
 
     def _shares_running_prefill(self, request: Request) -> bool:
         """Whether a running request is about to compute a prefix that this one could use."""
@@ -213,7 +215,7 @@ class Scheduler:
         The oldest always gets room: admission refused what the whole pool cannot hold.
         """
         for request in list(self.running):
-            while request.state is State.DECODE and not self._extend(request, now):
+            while wants_token(request) and not self._extend(request, now):
                 self._preempt(self.running[-1], now)
 
     def _extend(self, request: Request, now: float) -> bool:
@@ -257,3 +259,8 @@ class Scheduler:
             raise CacheCorrupt(
                 f"{len(self.running)} requests run, max_batch is {self.config.max_batch}"
             )
+
+
+def wants_token(request: Request) -> bool:
+    """Whether it decodes, and its last token is not being sampled already."""
+    return request.state is State.DECODE and not request.is_full

@@ -24,11 +24,14 @@ Done = Callable[["Job", dict[str, float] | Exception | None], None]
 
 
 class Copier(Protocol):
-    """Moves one chunk's bytes; `sync` waits until the moves so far are done."""
+    """Moves one chunk's bytes. `begin` is called by the step thread, when it hands a job over: the
+    job's moves come after all that this thread has launched. `sync` waits until they are done."""
 
-    def save(self, part: Part, block_ids: tuple[int, ...]) -> None: ...
+    def begin(self) -> Any: ...
 
-    def load(self, part: Part, source: Any, block_ids: tuple[int, ...]) -> None: ...
+    def save(self, part: Part, block_ids: tuple[int, ...], after: Any) -> None: ...
+
+    def load(self, part: Part, source: Any, block_ids: tuple[int, ...], after: Any) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -44,11 +47,14 @@ class HostCopier:
 
     pool: Bytes
 
-    def save(self, part: Part, block_ids: tuple[int, ...]) -> None:
+    def begin(self) -> None:
+        """Steps are done when they return."""
+
+    def save(self, part: Part, block_ids: tuple[int, ...], after: None) -> None:
         for pool, chunk in self._places(part, part.view, block_ids):
             chunk[...] = pool
 
-    def load(self, part: Part, source: Bytes, block_ids: tuple[int, ...]) -> None:
+    def load(self, part: Part, source: Bytes, block_ids: tuple[int, ...], after: None) -> None:
         for pool, chunk in self._places(part, source, block_ids):
             pool[...] = chunk
 
@@ -88,16 +94,17 @@ class TransferThread:
     disk: Tier | None
     done: Done
     clock: Callable[[], float] = time.monotonic
-    _loads: deque[Job] = field(factory=deque, init=False)
-    _saves: deque[Job] = field(factory=deque, init=False)
+    _loads: deque[tuple[Job, Any]] = field(factory=deque, init=False)
+    _saves: deque[tuple[Job, Any]] = field(factory=deque, init=False)
     _changed: threading.Condition = field(factory=threading.Condition, init=False)
     _closed: bool = field(default=False, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def submit(self, job: Job) -> None:
         """Queue a job. Never waits."""
+        after = self.copier.begin()
         with self._changed:
-            (self._loads if job.is_load else self._saves).append(job)
+            (self._loads if job.is_load else self._saves).append((job, after))
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._main, name="agentrt-transfer", daemon=True
@@ -114,14 +121,15 @@ class TransferThread:
             self._thread.join()
 
     def _main(self) -> None:
-        while (job := self._next()) is not None:
+        while (queued := self._next()) is not None:
+            job, after = queued
             try:
-                result: dict[str, float] | Exception | None = self._run(job)
+                result: dict[str, float] | Exception | None = self._run(job, after)
             except Exception as exc:
                 result = exc  # raised again on the step thread, which fails every waiter
             self.done(job, result)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> tuple[Job, Any] | None:
         with self._changed:
             while not self._loads and not self._saves:
                 if self._closed:
@@ -129,25 +137,25 @@ class TransferThread:
                 self._changed.wait()
             return self._loads.popleft() if self._loads else self._saves.popleft()
 
-    def _run(self, job: Job) -> dict[str, float] | None:
+    def _run(self, job: Job, after: Any) -> dict[str, float] | None:
         seconds: dict[str, float] = {}
         for part in job.parts:
             begin = self.clock()
             if not job.is_load:
-                self.copier.save(part, job.block_ids)
+                self.copier.save(part, job.block_ids, after)
             elif part.record is None:
-                self.copier.load(part, part.view, job.block_ids)
-            elif not self._load_from_disk(part, job.block_ids):
+                self.copier.load(part, part.view, job.block_ids, after)
+            elif not self._load_from_disk(part, job.block_ids, after):
                 return None
             seconds[part.tier] = seconds.get(part.tier, 0.0) + self.clock() - begin
         self.copier.sync()
         return seconds
 
-    def _load_from_disk(self, part: Part, block_ids: tuple[int, ...]) -> bool:
+    def _load_from_disk(self, part: Part, block_ids: tuple[int, ...], after: Any) -> bool:
         assert self.disk is not None
         assert part.record is not None
         bytes_read = np.empty(part.record.num_bytes, dtype=np.uint8)
         if not self.disk.read(part.record, [bytes_read]):
             return False
-        self.copier.load(part, bytes_read, block_ids)
+        self.copier.load(part, bytes_read, block_ids, after)
         return True

@@ -28,13 +28,17 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     ops: Ops
-    weights: str  # "int8", or the dtype's name
+    weights: str  # "int8", "fp8", or the dtype's name
     note: str = ""  # why it is not the usual choice for this device, if so
 
     @property
     def kernels(self) -> str:
         """The operations' name, and the note's first line."""
         return f"{self.ops.name} ({self.note.splitlines()[0]})" if self.note else self.ops.name
+
+    def free_device_bytes(self) -> int | None:
+        """Free memory of a device that has its own."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
 
 def has_fast_int8() -> bool:
@@ -119,9 +123,20 @@ def _on_torch(kind: LinearKind, dtype: torch.dtype, note: str = "") -> Compute:
 def _choose_cuda(dtype: str, weights: str, deterministic: bool) -> Compute:
     if not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
-    if weights != "auto" or deterministic:
-        raise ConfigError("on CUDA only weights='auto' and deterministic=False are implemented")
-    chosen = torch.float32 if dtype == "float32" else torch.bfloat16
-    device = torch.device("cuda")
-    name = str(chosen).removeprefix("torch.")
-    return Compute(device=device, dtype=chosen, ops=ReferenceOps(device), weights=name)
+    if weights not in ("auto", "fp8"):
+        raise ConfigError(f"weights={weights!r} is not available on CUDA: use 'auto' or 'fp8'")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if dtype == "float32":
+        if weights != "auto" or deterministic:
+            raise ConfigError(
+                "dtype='float32' on CUDA runs on plain torch: leave weights at 'auto' and "
+                "deterministic at False, or use dtype='bfloat16'"
+            )
+        return Compute(
+            device=device, dtype=torch.float32, ops=ReferenceOps(device), weights="float32"
+        )
+    from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
+
+    ops = CudaOps(device, fp8=weights == "fp8", gemv=not deterministic)
+    name = "fp8" if weights == "fp8" else "bfloat16"
+    return Compute(device=device, dtype=torch.bfloat16, ops=ops, weights=name)

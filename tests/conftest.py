@@ -1,16 +1,21 @@
 """Every async test runs on two kinds of event loop, and agentrt must block neither."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 from blockbuster import BlockBuster, blockbuster_ctx
 from fakes import TEMPLATE, byte_tokenizer
 
 import agentrt
 import agentrt.cache
 from agentrt.template import ChatTemplate
+
+if not torch.cuda.is_available():  # before any kernel is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def debug_loop() -> asyncio.AbstractEventLoop:

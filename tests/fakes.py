@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 import torch
 import xxhash
-from attrs import define, field, frozen
+from attrs import define, field
 from tokenizers import decoders, models, pre_tokenizers
 
 from agentrt import Engine, EngineConfig, GenerateOptions
@@ -24,6 +24,8 @@ from agentrt.loop import poster
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
 from agentrt.request import Request
+from agentrt.runner import Computed, collect_computed
+from agentrt.sampler import Sampled
 from agentrt.scheduler import Plan, Work
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import Tokenizer, load_tokenizer
@@ -98,13 +100,6 @@ class Gate:
                 self._permits -= 1
 
 
-@frozen
-class FakeBatch:
-    """As much of a Batch as the loop reads."""
-
-    sampling: tuple[Work, ...]
-
-
 @define
 class FakeRunner:
     """A Runner whose KV memory holds the token that each slot was computed for.
@@ -132,7 +127,7 @@ class FakeRunner:
     def _empty(self) -> np.ndarray:
         return np.full((1, 2, self.num_blocks, 1, self.block_tokens, 1), -1, dtype=np.int64)
 
-    def run(self, plan: Plan) -> tuple[FakeBatch, torch.Tensor]:
+    def launch(self, plan: Plan) -> Computed:
         self.gate.pass_through()
         self.before_step()
         if self.num_steps == self.fail_at_step:
@@ -145,7 +140,10 @@ class FakeRunner:
         logits = np.zeros((len(sampling), self.vocab_size), dtype=np.float32)
         for row, work in zip(logits, sampling, strict=True):
             row[:] = self._logits(work)
-        return FakeBatch(sampling), torch.from_numpy(logits)
+        return Computed(sampling, torch.from_numpy(logits))
+
+    def collect(self, ticket: Computed) -> list[Sampled]:
+        return collect_computed(ticket)
 
     def copy(self, copies: Sequence[Copy]) -> None:
         for copy in copies:

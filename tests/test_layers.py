@@ -23,7 +23,10 @@ LAYERS = [
         "weights",
     },
     {"explain", "mover", "output", "pauses", "request", "scheduler", "token_log"},
-    {"batch", "chat", "runner", "sampler", "speculate", "transfer"},
+    {
+        *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
+        *("mixed_graph", "speculate", "transfer", "transfer_cuda"),
+    },
     {"loop"},
     {"engine", "engine_parts", "engine_tiers", "session", "session_store", "step_thread", "stream"},
     {"adapters"},
@@ -34,6 +37,7 @@ TOP = len(LAYERS) - 1
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 MAY_IMPORT_TORCH = {"kernels", "models", "weights", "batch", "sampler", "runner"}
+MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph"}
 NEVER_EACH_OTHER = [("kernels", "cache"), ("cache", "kernels")]
 ROOTS = {
     "agentrt": Path(agentrt.__file__).parent,

@@ -45,10 +45,10 @@ class Steps:
         if not plan.work:
             return plan
         self.runner.copy(plan.copies)
-        batch, logits = self.runner.run(plan)
+        ticket = self.runner.launch(plan)
         for work in plan.work:
             self.scheduler.computed(work, self.now)
-        for work, token in zip(batch.sampling, logits.argmax(-1).tolist(), strict=True):
+        for work, token in zip(ticket.sampling, ticket.logits.argmax(-1).tolist(), strict=True):
             work.request.append(token)
             if work.request.limit_reached(token):
                 self.scheduler.finish(work.request, self.now)

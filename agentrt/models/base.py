@@ -13,7 +13,7 @@ from agentrt.errors import ModelUnsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agentrt.kernels import Segment, Step
+    from agentrt.kernels import Geometry, Segment, Step
 
 
 @frozen(kw_only=True)
@@ -75,7 +75,11 @@ class ModelSpec:
 class Model(Protocol):
     """A model on its device. One forward serves prefill chunks and decode rows together."""
 
-    spec: ModelSpec
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def geometry(self) -> Geometry: ...
 
     def forward(
         self,

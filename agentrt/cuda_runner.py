@@ -1,0 +1,291 @@
+"""The device side of an engine on CUDA: decode steps as graphs, mixed steps kernel by kernel.
+
+A step is launched without waiting for anything: its inputs go up in one transfer, its tokens come
+down behind it, and a request whose last token is still being sampled finds it on the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agentrt.cache import Copy
+from agentrt.config import ResolvedConfig
+from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
+from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
+from agentrt.kernels.attention_decode import num_splits
+from agentrt.kernels.attention_prefill import plan_tiles
+from agentrt.kernels.cuda import CudaOps, Rows, Scratch
+from agentrt.kernels.dispatch import Compute
+from agentrt.kernels.sample import sample_rows
+from agentrt.mixed_graph import MixedGraphs, MixedWork
+from agentrt.models.llama import LlamaModel
+from agentrt.request import Request
+from agentrt.runner import copy_blocks, kv_pool
+from agentrt.sampler import MIN_TEMPERATURE, Sampled, draw_seed, is_drawn_on_device, sample
+from agentrt.scheduler import Plan, Work
+from agentrt.transfer_cuda import CudaCopier
+
+Array = NDArray[np.int32]
+
+
+@frozen
+class CudaTicket:
+    """A launched step. `tokens` are page-locked, and valid once `done` has happened."""
+
+    sampling: tuple[Work, ...]
+    runs_ahead: bool
+    tokens: Tensor
+    logits: Tensor
+    done: torch.cuda.Event
+
+
+@define
+class CudaRunner:
+    """See `agentrt.runner.Runner`. Owns the KV pool, the graphs and all memory of the steps.
+
+    Only the step thread calls it. At most two steps are launched and not collected, so that the
+    rings of page-locked buffers (NUM_BUFFERS long) never overwrite what is in use.
+    """
+
+    model: LlamaModel
+    ops: CudaOps
+    config: ResolvedConfig
+    kv: Tensor
+    scratch: Scratch
+    tables: BlockTables
+    inputs: DecodeInputs
+    graphs: DecodeGraphs
+    mixed: MixedGraphs
+    uploader: Uploader
+    _tickets: deque[tuple[Tensor, torch.cuda.Event]] = field(init=False)
+
+    @classmethod
+    def open(cls, model: LlamaModel, compute: Compute, config: ResolvedConfig) -> CudaRunner:
+        """Allocate, compile and capture. Raises ConfigError on a shape that is not served."""
+        ops, spec = compute.ops, model.spec
+        assert isinstance(ops, CudaOps)
+        ops.check(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            hidden_size=spec.hidden_size,
+        )
+        width = max(config.max_batch, BUCKETS[-1])
+        scratch = Scratch.allocate(
+            model.geometry,
+            vocab_size=spec.vocab_size,
+            max_batch=width,
+            device=compute.device,
+        )
+        num_blocks = config.max_context_tokens // config.block_tokens + 2
+        tables = BlockTables(config.max_batch, num_blocks, compute.device)
+        inputs = DecodeInputs.allocate(width, compute.device)
+        kv = kv_pool(spec, config, compute)
+        tokens = torch.zeros(width, dtype=torch.int32, device=compute.device)
+        graphs = DecodeGraphs(
+            model, ops, kv, scratch, inputs, tables.tables, tables.last_tokens, tokens
+        )
+        inputs.get("slots", width).fill_(tables.idle_slot)
+        uploader = Uploader(compute.device)
+        mixed = MixedGraphs(
+            model,
+            ops,
+            kv,
+            scratch,
+            tables.tables,
+            tables.last_tokens,
+            tokens,
+            tables.idle_slot,
+        )
+        with torch.inference_mode():
+            graphs.capture(config.max_batch)
+            mixed.capture(config.step_tokens)
+        return cls(model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader)
+
+    @_tickets.default
+    def _ring(self) -> deque[tuple[Tensor, torch.cuda.Event]]:
+        width = self.inputs.width
+        return deque(
+            (torch.zeros(width, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            for _ in range(NUM_BUFFERS)
+        )
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
+        copy_blocks(self.kv, copies)
+
+    def copier(self) -> CudaCopier:
+        return CudaCopier.over(self.kv)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> CudaTicket:
+        works = sorted(plan.work, key=lambda work: work.num_tokens > 1)
+        slots, cells, blocks = self.tables.place(works)
+        updates = (np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32))
+        is_decode = all(work.num_tokens == 1 for work in works)
+        if is_decode and len(works) <= self.graphs.max_rows:
+            logits = self._decode(works, slots, updates)
+        else:
+            logits = self._mixed(works, slots, updates)
+        return self._ticket(tuple(work for work in works if work.samples), logits)
+
+    def collect(self, ticket: CudaTicket) -> list[Sampled]:
+        if not ticket.sampling:
+            return []
+        ticket.done.synchronize()
+        tokens = ticket.tokens[: len(ticket.sampling)].tolist()
+        sampled: list[Sampled] = [(token, None) for token in tokens]
+        if not ticket.runs_ahead:
+            for row, work in enumerate(ticket.sampling):
+                if not is_drawn_on_device(work.request):
+                    sampled[row] = sample(ticket.logits[row : row + 1], [work.request])[0]
+        return sampled
+
+    def _ticket(self, sampling: tuple[Work, ...], logits: Tensor) -> CudaTicket:
+        tokens, done = self._tickets[0]
+        self._tickets.rotate(-1)
+        num = len(sampling)
+        tokens[:num].copy_(self.graphs.tokens[:num], non_blocking=True)
+        done.record()
+        runs_ahead = all(is_drawn_on_device(work.request) for work in sampling)
+        return CudaTicket(sampling, runs_ahead, tokens, logits, done)
+
+    def _decode(
+        self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]
+    ) -> Tensor:
+        """Rows of one token each: one graph."""
+        bucket, graph = self.graphs.get(len(works))
+        width, num = self.inputs.width, len(works)
+        flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
+        fields = flat[: 5 * width].reshape(5, width)
+        fields[0, :num] = [work.request.tokens[work.start] for work in works]
+        fields[1] = self.tables.idle_slot
+        fields[1, :num] = slots
+        fields[2, :num] = [work.start for work in works]
+        fields[3, :num], temperatures = _draws(works)
+        fields[4, :num] = temperatures.view(np.int32)
+        flat[5 * width :] = np.cumsum(
+            [0, *(num_splits(work.start) for work in works), *[0] * (width - num)]
+        )
+        self._update_tables(updates)
+        self.uploader.upload_to(self.inputs.flat, flat)
+        graph.replay()
+        return graph.logits
+
+    def _mixed(self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]) -> Tensor:
+        """Decode rows and prefill chunks, or more decode rows than a graph has."""
+        work = _mixed_work(works, slots)
+        self._update_tables(updates)
+        graph = self.mixed.get(work)
+        if graph is None:
+            return self._without_graph(work)
+        tiles = plan_tiles(work.chunks, self._group, graph.layout.shape.rows)
+        self.uploader.upload_to(graph.flat, graph.layout.fill(work, tiles, self.tables.idle_slot))
+        graph.replay()
+        return graph.logits
+
+    @property
+    def _group(self) -> int:
+        geometry = self.model.geometry
+        return geometry.num_heads // geometry.num_kv_heads
+
+    def _without_graph(self, work: MixedWork) -> Tensor:
+        """More rows of a kind than any graph has: kernel by kernel."""
+        shape, tiles = self.ops.plan_chunks(work.chunks, self.model.geometry)
+        described = np.array(tiles, dtype=np.int32).reshape(-1)
+        joined = [np.concatenate(pair) for pair in zip(work.decode, work.prefill, strict=True)]
+        parts = self.uploader.upload([*joined, work.starts, described, *work.outputs])
+        rows = Rows(
+            token_ids=parts[0],
+            slots=parts[1],
+            positions=parts[2],
+            tables=self.tables.tables,
+            last_tokens=self.tables.last_tokens,
+        )
+        step = self.ops.plan_rows(
+            rows,
+            parts[3],
+            parts[4].view(-1, 4),
+            shape,
+            self.kv,
+            self.model.geometry,
+            self.scratch,
+            parts[5],
+        )
+        logits = self.model.run(step)
+        if len(parts[5]):
+            sample_rows(
+                logits,
+                parts[8].view(torch.float32),
+                parts[7],
+                parts[6],
+                self.tables.last_tokens,
+                self.graphs.tokens,
+                self.scratch.sample,
+            )
+        return logits
+
+    def _update_tables(self, updates: tuple[Array, ...]) -> None:
+        cells, blocks = updates
+        if len(cells):
+            where, values = self.uploader.upload([cells, blocks])
+            self.tables.tables.view(-1).index_copy_(0, where.long(), values)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self.kv = torch.empty(0)
+        del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
+
+
+def _mixed_work(works: Sequence[Work], slots: list[int]) -> MixedWork:
+    """Flatten works, those of one token first."""
+    counts = [work.num_tokens for work in works]
+    num_decode = sum(count == 1 for count in counts)
+    ends = np.cumsum(counts)
+    sampling = [row for row, work in enumerate(works) if work.samples]
+    seeds, temperatures = _draws([works[row] for row in sampling])
+    by_work = np.array(slots, dtype=np.int32)
+    arrays = (
+        np.concatenate([w.request.tokens[w.start : w.start + w.num_tokens] for w in works]),
+        np.repeat(by_work, counts),
+        np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in works]),
+    )
+    decode, prefill = zip(
+        *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
+    )
+    splits = [num_splits(work.start) for work in works[:num_decode]]
+    return MixedWork(
+        decode=decode,
+        prefill=prefill,
+        starts=np.cumsum([0, *splits], dtype=np.int32),
+        chunks=[
+            (int(end) - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
+            for work, end, slot in zip(works, ends, slots, strict=True)
+            if work.num_tokens > 1
+        ],
+        outputs=(
+            (ends[sampling] - 1).astype(np.int32),
+            by_work[sampling],
+            seeds,
+            temperatures.view(np.int32),
+        ),
+    )
+
+
+def _draws(works: Sequence[Work]) -> tuple[Array, NDArray[np.float32]]:
+    """Seeds and temperatures of rows that sample; 0 degrees for what the device does not draw."""
+    seeds = np.zeros(len(works), dtype=np.int32)
+    temperatures = np.zeros(len(works), dtype=np.float32)
+    for row, work in enumerate(works):
+        request: Request = work.request
+        if request.options.temperature > 0 and is_drawn_on_device(request):
+            seeds[row] = draw_seed(request, work.start + work.num_tokens)
+            temperatures[row] = max(request.options.temperature, MIN_TEMPERATURE)
+    return seeds, temperatures

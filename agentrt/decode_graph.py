@@ -1,0 +1,109 @@
+"""A decode step as one CUDA graph: static inputs on the device, a replay a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from agentrt.kernels.cuda import CudaOps, Rows, Scratch
+from agentrt.kernels.sample import sample_rows
+from agentrt.models.llama import LlamaModel
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
+
+
+@frozen
+class DecodeInputs:
+    """One int32 array on the device that holds a decode step's inputs, field after field, for at
+    most `width` rows; then the rows' first splits (see `attention_decode`)."""
+
+    flat: Tensor
+    width: int
+
+    @classmethod
+    def allocate(cls, width: int, device: torch.device) -> DecodeInputs:
+        size = (len(FIELDS) + 1) * width + 1
+        return cls(torch.zeros(size, dtype=torch.int32, device=device), width)
+
+    def get(self, name: str, rows: int) -> Tensor:
+        start = FIELDS.index(name) * self.width
+        values = self.flat[start : start + rows]
+        return values.view(torch.float32) if name == "temperatures" else values
+
+    def starts(self, rows: int) -> Tensor:
+        start = len(FIELDS) * self.width
+        return self.flat[start : start + rows + 1]
+
+
+@frozen
+class DecodeGraph:
+    """One bucket's graph. Replaying it reads the inputs, and writes `tokens` and `logits`."""
+
+    replay: Callable[[], None]
+    logits: Tensor  # [rows, vocab]
+
+
+@define
+class DecodeGraphs:
+    """Owns a graph a bucket. They share their memory: one runs at a time."""
+
+    model: LlamaModel
+    ops: CudaOps
+    kv: Tensor
+    scratch: Scratch
+    inputs: DecodeInputs
+    tables: Tensor
+    last_tokens: Tensor
+    tokens: Tensor  # [width], what a step samples
+    _graphs: dict[int, DecodeGraph] = field(factory=dict, init=False)
+
+    @property
+    def max_rows(self) -> int:
+        return max(self._graphs, default=0)
+
+    def get(self, num_rows: int) -> tuple[int, DecodeGraph]:
+        """The smallest bucket that holds `num_rows`."""
+        bucket = next(bucket for bucket in sorted(self._graphs) if bucket >= num_rows)
+        return bucket, self._graphs[bucket]
+
+    def capture(self, max_batch: int) -> None:
+        """Compile every kernel and capture all buckets that `max_batch` needs."""
+        pool, largest = None, next((b for b in BUCKETS if b >= max_batch), BUCKETS[-1])
+        for bucket in reversed([b for b in BUCKETS if b <= largest]):
+            self.compute(bucket)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = self.compute(bucket)
+            pool = pool or graph.pool()
+            self._graphs[bucket] = DecodeGraph(graph.replay, logits)
+
+    def compute(self, bucket: int) -> Tensor:
+        """The step itself: what a graph holds, and what runs without one."""
+        inputs = self.inputs
+        rows = Rows(
+            token_ids=inputs.get("token_ids", bucket),
+            slots=inputs.get("slots", bucket),
+            positions=inputs.get("positions", bucket),
+            tables=self.tables,
+            last_tokens=self.last_tokens,
+        )
+        step = self.ops.plan_decode(
+            rows, inputs.starts(bucket), self.kv, self.model.geometry, self.scratch
+        )
+        logits = self.model.run(step)
+        sample_rows(
+            logits,
+            inputs.get("temperatures", bucket),
+            inputs.get("seeds", bucket),
+            rows.slots,
+            self.last_tokens,
+            self.tokens,
+            self.scratch.sample,
+            pdl=self.ops.pdl,
+        )
+        return logits

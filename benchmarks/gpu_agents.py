@@ -1,0 +1,94 @@
+"""The airline agents on a GPU, through the public API, with random weights.
+
+    python benchmarks/gpu_agents.py SHAPE --shared DIR [--out FILE] [--set NAME=VALUE ...]
+        [--kv-tokens N] [--runs AGENTS:CONCURRENCY:WAITS ...]
+
+DIR/bench/replay.py drives it as it drives the peers. `--kv-tokens` caps the device's KV pool.
+Without `--runs`: all agents, 32 at once, waits x0.2; and the first 8 one by one without waits.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_decode import options, settings
+
+from agentrt import Engine, EngineConfig
+
+RUNS = ("100:32:0.2", "8:1:0")
+
+
+async def measure(
+    folder: str, trace: Path, given: dict[str, Any], runs: list[str]
+) -> dict[str, Any]:
+    import replay
+
+    config = EngineConfig(
+        **{"device": "cuda", "random_weights": True, "max_context_tokens": 40960, **given}
+    )
+    result: dict[str, Any] = {"config": given}
+    rows = replay.load(str(trace))
+    for run in runs:
+        agents, concurrency, scale = run.split(":")
+        async with Engine(folder, config) as engine:
+
+            async def generate(_agent: str, ids: list[int], num: int) -> tuple[float, list[int]]:
+                begin, first, out = time.perf_counter(), None, []
+                async for event in engine.stream(ids, options(num)):
+                    if first is None:
+                        first = time.perf_counter() - begin
+                    out += getattr(event, "token_ids", ())
+                return first or 0.0, out
+
+            await generate("warm", list(range(1000, 1300)), 4)
+            report = await replay.replay(
+                rows[: int(agents)], generate, concurrency=int(concurrency), wait_scale=float(scale)
+            )
+            stats = engine.stats()
+        summary = report.summary()
+        summary |= {
+            "steps": stats.steps,
+            "preempted": stats.preempted,
+            "step_s": round(stats.step_s, 2),
+            "forward_s": round(stats.forward_s, 2),
+        }
+        result[run] = summary
+        print(run, json.dumps(summary), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape")
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--kv-tokens", type=int)
+    parser.add_argument("--runs", nargs="*", default=RUNS)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.shared / "bench"))
+    import shapes
+
+    given = settings(arguments.settings)
+    shape = shapes.SHAPES[arguments.shape]
+    if arguments.kv_tokens:
+        per_token = (
+            4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        )
+        given["device_kv_bytes"] = arguments.kv_tokens * per_token
+    folder = shapes.write(arguments.shape, tempfile.mkdtemp())
+    trace = arguments.shared / "traces" / "tau_airline_tokens.jsonl.gz"
+    result = asyncio.run(measure(folder, trace, given, list(arguments.runs)))
+    result = {"shape": arguments.shape, "device": torch.cuda.get_device_name(), **result}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

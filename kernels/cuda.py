@@ -1,0 +1,509 @@
+"""The CUDA path: a step is attention over the paged pool and one of three ways to multiply.
+
+- `GemvProducts`: one row, weights streamed once at the memory's speed, norms folded in;
+- `SkinnyProducts`: up to 64 rows, the same with tensor cores;
+- `DenseProducts`: more rows, cuBLAS, and norms and gates as kernels of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+import triton
+from attrs import field, frozen
+from torch import Tensor
+
+from agentrt.errors import ConfigError
+from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
+from agentrt.kernels.attention_decode import (
+    MAX_SPLITS,
+    DecodeRows,
+    DecodeWork,
+    decode_attention,
+    num_splits,
+)
+from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles, prefill_attention
+from agentrt.kernels.gemv import ADD, GATE_UP, gemv
+from agentrt.kernels.rotary import append_heads
+from agentrt.kernels.rows import embed, rms_norm, silu_mul
+from agentrt.kernels.sample import num_chunks
+from agentrt.kernels.skinny import (
+    MAX_PROGRAMS,
+    MAX_ROWS,
+    TILE_ROWS,
+    Normed,
+    SkinnyWork,
+    num_tiles,
+    skinny,
+)
+
+Chunk = tuple[int, int, int, int]
+HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_GROUP = 16  # query heads of one kv head
+
+
+@frozen
+class CudaLinear:
+    """A weight as it is read: bf16, or fp8 with one scale a row."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+    scales: Tensor | None = None  # [out], float32
+
+
+@frozen(kw_only=True)
+class Rows:
+    """The rows of a step on the device, int32."""
+
+    token_ids: Tensor  # [rows]; negative: the slot's last sampled token
+    slots: Tensor  # [rows], into `tables`
+    positions: Tensor  # [rows]
+    tables: Tensor  # [slots, blocks of the longest context]
+    last_tokens: Tensor  # [slots]
+
+
+@frozen
+class Scratch:
+    """Memory that every step uses anew. Counters in it are zero between launches."""
+
+    skinny: SkinnyWork
+    decode: DecodeWork
+    sample: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def allocate(
+        cls,
+        geometry: Geometry,
+        *,
+        vocab_size: int,
+        max_batch: int,
+        device: torch.device,
+    ) -> Scratch:
+        """Room for `max_batch` decode rows."""
+
+        def counters(number: int) -> Tensor:
+            return torch.zeros(number, dtype=torch.int32, device=device)
+
+        partial = torch.empty(
+            MAX_PROGRAMS * TILE_ROWS * MAX_ROWS, dtype=torch.float32, device=device
+        )
+        decode = DecodeWork.allocate(
+            (MAX_SPLITS + 1) * max_batch,
+            max_batch,
+            geometry.num_heads,
+            geometry.num_kv_heads,
+            geometry.head_dim,
+            device,
+        )
+        chunks = num_chunks(vocab_size) * max_batch
+        best = torch.empty(chunks, dtype=torch.float32, device=device)
+        return cls(
+            SkinnyWork(partial, counters(MAX_PROGRAMS)),
+            decode,
+            (best, counters(chunks), counters(max_batch)),
+        )
+
+
+class Products(Protocol):
+    """The part of a `Step` that is not attention."""
+
+    def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]: ...
+    def linear(self, x: Normal, linear: CudaLinear) -> Tensor: ...
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
+    ) -> Normal: ...
+    def gate_up(self, x: Normal, linear: CudaLinear) -> Tensor: ...
+    def logits(self, x: Normal, linear: CudaLinear, outputs: Tensor | None) -> Tensor: ...
+
+
+@frozen
+class Unnormed:
+    """A row and the norm that its reader has to apply."""
+
+    values: Tensor
+    norm: Tensor
+
+
+@frozen
+class GemvProducts:
+    """See `agentrt.kernels.gemv`."""
+
+    eps: float
+    pdl: bool
+
+    def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Unnormed]:
+        hidden = table.new_empty(1, table.shape[1])
+        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden)
+        return hidden, Unnormed(hidden, norm)
+
+    def linear(self, x: Unnormed, linear: CudaLinear) -> Tensor:
+        return self._normed(x, linear, x.values.new_empty(1, linear.weight.shape[0]))
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
+    ) -> Unnormed:
+        gemv(linear.weight, x, hidden, kind=ADD, scales=linear.scales, pdl=self.pdl)
+        return Unnormed(hidden, norm)
+
+    def gate_up(self, x: Unnormed, linear: CudaLinear) -> Tensor:
+        out = x.values.new_empty(1, linear.weight.shape[0] // 2)
+        return self._normed(x, linear, out, kind=GATE_UP)
+
+    def logits(self, x: Unnormed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+        out = x.values.new_empty(1, linear.weight.shape[0], dtype=torch.float32)
+        return self._normed(x, linear, out)
+
+    def _normed(self, x: Unnormed, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
+        return gemv(
+            linear.weight,
+            x.values,
+            out,
+            kind=kind,
+            norm=x.norm,
+            bias=linear.bias,
+            scales=linear.scales,
+            eps=self.eps,
+            pdl=self.pdl,
+        )
+
+
+@frozen
+class SkinnyProducts:
+    """See `agentrt.kernels.skinny`."""
+
+    eps: float
+    work: SkinnyWork
+    pdl: bool
+
+    def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Normed]:
+        hidden = table.new_empty(rows.token_ids.shape[0], table.shape[1])
+        following = self._following(hidden, 1)
+        pair = (norm, following)
+        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden, pair)
+        return hidden, following
+
+    def linear(self, x: Normed, linear: CudaLinear) -> Tensor:
+        out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0])
+        return self._skinny(x, linear, out)
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
+    ) -> Normed:
+        following = self._following(hidden, num_tiles(hidden.shape[1], ADD))
+        skinny(
+            linear.weight,
+            x,
+            hidden,
+            self.work,
+            kind=ADD,
+            scales=linear.scales,
+            following=(norm, following),
+            pdl=self.pdl,
+        )
+        return following
+
+    def gate_up(self, x: Normed, linear: CudaLinear) -> Tensor:
+        out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0] // 2)
+        return self._skinny(x, linear, out, kind=GATE_UP)
+
+    def logits(self, x: Normed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+        shape = x.values.shape[0], linear.weight.shape[0]
+        logits = self._skinny(x, linear, x.values.new_empty(shape, dtype=torch.float32))
+        return logits if outputs is None else logits[outputs]
+
+    def _following(self, hidden: Tensor, parts: int) -> Normed:
+        squares = hidden.new_empty(parts, MAX_ROWS, dtype=torch.float32)
+        return Normed(torch.empty_like(hidden), squares, self.eps)
+
+    def _skinny(self, x: Normed, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
+        return skinny(
+            linear.weight,
+            x,
+            out,
+            self.work,
+            kind=kind,
+            scales=linear.scales,
+            bias=linear.bias,
+            pdl=self.pdl,
+        )
+
+
+@frozen
+class DenseProducts:
+    """Matrix products by cuBLAS, in whatever order of summation it picks for the shape."""
+
+    eps: float
+
+    def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = table.new_empty(rows.token_ids.shape[0], table.shape[1])
+        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden)
+        return hidden, rms_norm(hidden, norm, self.eps)
+
+    def linear(self, x: Tensor, linear: CudaLinear) -> Tensor:
+        return torch.nn.functional.linear(x, _widened(linear, x.dtype), linear.bias)
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
+    ) -> Tensor:
+        torch.addmm(hidden, x, _widened(linear, x.dtype).t(), out=hidden)
+        return rms_norm(hidden, norm, self.eps, outputs)
+
+    def gate_up(self, x: Tensor, linear: CudaLinear) -> Tensor:
+        return silu_mul(self.linear(x, linear))
+
+    def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+        return self.linear(x, linear).float()
+
+
+def _widened(linear: CudaLinear, dtype: torch.dtype) -> Tensor:
+    """The weight in the activations' dtype."""
+    if linear.scales is None:
+        return linear.weight
+    return linear.weight.to(dtype).mul_(linear.scales[:, None].to(dtype))
+
+
+@frozen(kw_only=True)
+class Attention:
+    """Decode rows first (their splits in `starts`), then the chunks that `tiles` describes."""
+
+    rows: Rows
+    num_decode: int
+    starts: Tensor | None  # [num_decode + 1]
+    tiles: Tensor | None  # [programs, 4]
+    tile_shape: PrefillTiles | None
+    num_programs: int
+    work: DecodeWork
+    pdl: bool
+
+    def attend(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        norms: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        out = qkv.new_empty(qkv.shape[0], geometry.num_heads * geometry.head_dim)
+        rows, num = self.rows, self.num_decode
+        if num:
+            assert self.starts is not None
+            decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)
+            decode_attention(
+                qkv[:num],
+                kv,
+                out[:num],
+                decode,
+                self.work,
+                geometry.cos,
+                geometry.sin,
+                norms=norms,
+                eps=geometry.norm_eps,
+                num_programs=self.num_programs,
+                pdl=self.pdl,
+            )
+        if self.tiles is not None:
+            assert self.tile_shape is not None
+            slots, positions = rows.slots[num:], rows.positions[num:]
+            append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
+            prefill_attention(qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape)
+        return out
+
+
+@frozen
+class CudaStep:
+    """See `agentrt.kernels.Step`."""
+
+    rows: Rows
+    kv: Tensor
+    geometry: Geometry
+    products: Products
+    attention: Attention
+    outputs: Tensor | None  # the output rows; None for all
+
+    def embed(self, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]:
+        return self.products.embed(self.rows, table, norm)
+
+    def linear(self, x: Normal, linear: Linear) -> Tensor:
+        return self.products.linear(x, cast(CudaLinear, linear))
+
+    def attend(self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+        return self.attention.attend(qkv, self.kv[layer], self.geometry, norms)
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
+    ) -> Normal:
+        outputs = self.outputs if outputs_only else None
+        return self.products.add_norm(hidden, x, cast(CudaLinear, linear), norm, outputs)
+
+    def gate_up(self, x: Normal, linear: Linear) -> Tensor:
+        return self.products.gate_up(x, cast(CudaLinear, linear))
+
+    def logits(self, x: Normal, linear: Linear) -> Tensor:
+        packed = cast(CudaLinear, linear)
+        if self.outputs is not None and not self.outputs.numel():
+            return torch.empty(0, packed.weight.shape[0], device=self.outputs.device)
+        return self.products.logits(x, packed, self.outputs)
+
+
+@frozen
+class CudaOps:
+    """See `agentrt.kernels.Ops`. `pdl`: dependent launches; `gemv`: rows alone take that path."""
+
+    device: torch.device
+    fp8: bool = False
+    gemv: bool = True
+    pdl: bool = True
+    name: str = field(init=False, default="triton")
+
+    def check(self, *, num_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int) -> None:
+        """Raise ConfigError on a shape that the kernels are not made for."""
+        group = num_heads // num_kv_heads
+        if head_dim not in HEAD_DIMS or group > MAX_GROUP or hidden_size % 16:
+            raise ConfigError(
+                f"the Triton kernels serve head_dim in {HEAD_DIMS}, at most {MAX_GROUP} query heads "
+                f"a kv head and hidden_size a multiple of 16, not {head_dim}, {group} and "
+                f"{hidden_size}: use dtype='float32', which runs on plain torch"
+            )
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CudaLinear:
+        if not self.fp8:
+            return CudaLinear(weight.contiguous(), bias)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scales = weight.float().abs().amax(1).clamp_min(1e-30) / largest
+        rounded = (weight.float() / scales[:, None]).to(torch.float8_e4m3fn)
+        return CudaLinear(rounded, bias, scales)
+
+    def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return angles.cos().to(like.device), angles.sin().to(like.device)
+
+    def products(self, num_rows: int, eps: float, scratch: Scratch) -> Products:
+        """How `num_rows` rows are multiplied."""
+        if num_rows == 1 and self.gemv:
+            return GemvProducts(eps, self.pdl)
+        if num_rows <= MAX_ROWS:
+            return SkinnyProducts(eps, scratch.skinny, self.pdl)
+        return DenseProducts(eps)
+
+    def num_programs(self) -> int:
+        """Programs of decode attention: what the device holds at once."""
+        if self.device.type != "cuda":
+            return 4
+        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def plan_step(self, inputs: StepInputs, geometry: Geometry) -> CudaStep:
+        """A step on its own: tables and scratch are made for it, and all rows are prefill rows
+        unless their segment has one row."""
+        tables, slots = _tables(inputs, self.device)
+        rows = Rows(
+            token_ids=inputs.token_ids.int(),
+            slots=slots,
+            positions=inputs.positions.int(),
+            tables=tables,
+            last_tokens=torch.zeros(len(inputs.segments), dtype=torch.int32, device=self.device),
+        )
+        work = plan_work(inputs.segments)
+        scratch = Scratch.allocate(
+            geometry,
+            vocab_size=1,
+            max_batch=max(work.num_decode, 1),
+            device=self.device,
+        )
+        starts = torch.tensor(work.starts, dtype=torch.int32).to(self.device)
+        shape, described = self.plan_chunks(work.chunks, geometry)
+        tiles = torch.tensor(described, dtype=torch.int32).to(self.device)
+        return self.plan_rows(
+            rows, starts, tiles, shape, inputs.kv, geometry, scratch, inputs.output_rows
+        )
+
+    def plan_chunks(
+        self, chunks: list[Chunk], geometry: Geometry
+    ) -> tuple[PrefillTiles, list[Chunk]]:
+        """Cut prefill chunks into the tiles of `prefill_attention`."""
+        group = geometry.num_heads // geometry.num_kv_heads
+        num_tokens = sum(number for _, _, number, _ in chunks)
+        shape = PrefillTiles.choose(geometry.head_dim, num_tokens, geometry.num_kv_heads, group)
+        return shape, plan_tiles(chunks, group, shape.rows)
+
+    def plan_rows(
+        self,
+        rows: Rows,
+        starts: Tensor,  # of the decode rows, which come first
+        tiles: Tensor,
+        shape: PrefillTiles,
+        kv: Tensor,
+        geometry: Geometry,
+        scratch: Scratch,
+        outputs: Tensor,
+    ) -> CudaStep:
+        """A step of decode rows and chunks whose tables are on the device."""
+        attention = Attention(
+            rows=rows,
+            num_decode=starts.shape[0] - 1,
+            starts=starts,
+            tiles=tiles if tiles.numel() else None,
+            tile_shape=shape,
+            num_programs=self.num_programs(),
+            work=scratch.decode,
+            pdl=False,
+        )
+        products = self.products(rows.token_ids.shape[0], geometry.norm_eps, scratch)
+        return CudaStep(rows, kv, geometry, products, attention, outputs)
+
+    def plan_decode(
+        self,
+        rows: Rows,
+        starts: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        scratch: Scratch,
+    ) -> CudaStep:
+        """A step of decode rows alone, all on the device: what a graph is captured from."""
+        batch = rows.token_ids.shape[0]
+        attention = Attention(
+            rows=rows,
+            num_decode=batch,
+            starts=starts,
+            tiles=None,
+            tile_shape=None,
+            num_programs=self.num_programs(),
+            work=scratch.decode,
+            pdl=self.pdl,
+        )
+        products = self.products(batch, geometry.norm_eps, scratch)
+        return CudaStep(rows, kv, geometry, products, attention, None)
+
+
+@frozen
+class WorkList:
+    """How a mixed step's rows are shared out: `num_decode` rows, then chunks.
+
+    `starts` are the decode rows' first splits and the end; a chunk is (first row after the decode
+    rows, position, number of rows, slot).
+    """
+
+    num_decode: int
+    starts: tuple[int, ...]
+    chunks: list[Chunk]
+
+
+def plan_work(segments: tuple[Segment, ...]) -> WorkList:
+    """Segments of one row first; a segment's slot is its index."""
+    starts, chunks = [0], []
+    for slot, segment in enumerate(segments):
+        if segment.num_rows == 1:
+            starts.append(starts[-1] + num_splits(segment.start_position))
+        else:
+            first = segment.first_row - (len(starts) - 1)
+            chunks.append((first, segment.start_position, segment.num_rows, slot))
+    return WorkList(len(starts) - 1, tuple(starts), chunks)
+
+
+def _tables(inputs: StepInputs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Block tables of a step's segments [segments, blocks], and each row's segment."""
+    width = triton.next_power_of_2(max(len(s.block_ids) for s in inputs.segments))
+    tables = torch.zeros(len(inputs.segments), width, dtype=torch.int32)
+    for table, segment in zip(tables, inputs.segments, strict=True):
+        table[: len(segment.block_ids)] = torch.tensor(segment.block_ids, dtype=torch.int32)
+    counts = torch.tensor([segment.num_rows for segment in inputs.segments])
+    slots = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    return tables.to(device), slots.to(device)

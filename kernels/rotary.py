@@ -1,0 +1,139 @@
+"""Head norm and rotary embedding of one token's heads, as every Triton attention kernel does it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from agentrt.kernels import Geometry
+
+
+@triton.jit
+def angles_at(cos, sin, position, D: tl.constexpr):
+    """Cosines and signed sines [D] of a position."""
+    columns = tl.arange(0, D)
+    cosines = tl.load(cos + position * (D // 2) + columns % (D // 2))
+    sines = tl.load(sin + position * (D // 2) + columns % (D // 2))
+    return cosines, tl.where(columns < D // 2, -sines, sines)
+
+
+@triton.jit
+def load_heads(heads, there, D: tl.constexpr):
+    """Heads [H, D] from pointers to their first numbers, and the same half a head further on:
+    number d turns with number d + D / 2."""
+    columns = tl.arange(0, D)
+    others = (columns + D // 2) % D
+    values = tl.load(heads[:, None] + columns[None, :], mask=there[:, None], other=0.0)
+    turned = tl.load(heads[:, None] + others[None, :], mask=there[:, None], other=0.0)
+    return values, turned
+
+
+@triton.jit
+def rotate(
+    values,  # [H, D], and `turned`, from load_heads
+    turned,
+    norm,  # [D], if NORM
+    cosines,  # [D], and `sines`, from angles_at
+    sines,
+    eps,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The heads, normed and turned, in float32."""
+    values = values.to(tl.float32)
+    turned = turned.to(tl.float32)
+    if NORM:
+        columns = tl.arange(0, D)
+        factor = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
+        values = values * factor * tl.load(norm + columns).to(tl.float32)[None, :]
+        others = tl.load(norm + (columns + D // 2) % D).to(tl.float32)
+        turned = turned * factor * others[None, :]
+    return values * cosines[None, :] + turned * sines[None, :]
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+def append_kernel(
+    qkv,  # [rows, (heads + 2 * kv_heads) * D]; query heads are turned in place
+    key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
+    value_cache,
+    tables,  # [slots, TABLE]
+    slots,  # [rows]
+    positions,  # [rows]; negative: an idle row, of which nothing is kept
+    cos,  # [context, D / 2]
+    sin,
+    query_norm,
+    key_norm,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TABLE: tl.constexpr,
+    NORM: tl.constexpr,
+    HP: tl.constexpr,  # HEADS + KV_HEADS, padded to a power of two
+):
+    """Of one row: turn queries and keys, and write keys and values into their block."""
+    row = tl.program_id(0)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    place = tables + tl.load(slots + row).to(tl.int64) * TABLE + position // BLOCK_TOKENS
+    block = tl.load(place).to(tl.int64)
+    start = qkv + row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D)
+    columns = tl.arange(0, D)
+    head = tl.arange(0, HP)
+    is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    pointers = start + head * D
+    cosines, sines = angles_at(cos, sin, position, D)
+    values, turned = load_heads(pointers, is_query | is_key, D)
+    both = rotate(values, turned, query_norm, cosines, sines, eps, D, NORM)
+    if NORM:
+        key = rotate(values, turned, key_norm, cosines, sines, eps, D, NORM)
+        both = tl.where(is_query[:, None], both, key)
+    tl.debug_barrier()  # other threads read, as the other half, what the next lines overwrite
+    both = both.to(qkv.dtype.element_ty)
+    tl.store(pointers[:, None] + columns[None, :], both, mask=is_query[:, None])
+    kv_head = head - HEADS
+    cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+    offsets = cells[:, None] * D + columns[None, :]
+    tl.store(key_cache + offsets, both, mask=is_key[:, None])
+    value = tl.load(
+        pointers[:, None] + KV_HEADS * D + columns[None, :], mask=is_key[:, None], other=0.0
+    )
+    tl.store(value_cache + offsets, value, mask=is_key[:, None])
+
+
+def append_heads(
+    qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * dim]
+    kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
+    tables: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    norms: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Turn the rows' queries in place, and append their keys and values to the pool."""
+    heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
+    append_kernel[(qkv.shape[0],)](
+        qkv,
+        kv[0],
+        kv[1],
+        tables,
+        slots,
+        positions,
+        geometry.cos,
+        geometry.sin,
+        geometry.cos if norms is None else norms[0],
+        geometry.cos if norms is None else norms[1],
+        geometry.norm_eps,
+        heads,
+        kv_heads,
+        geometry.head_dim,
+        kv.shape[3],
+        tables.shape[1],
+        norms is not None,
+        triton.next_power_of_2(heads + kv_heads),
+        num_warps=4,
+    )

@@ -1,0 +1,125 @@
+"""Row-wise Triton kernels: embedding look-up, norm, gate; one program a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from agentrt.kernels.skinny import MAX_ROWS, Normed
+
+
+@triton.jit
+def embed_kernel(
+    token_ids,  # [rows]; a negative one stands for the slot's last sampled token
+    slots,  # [rows]
+    last_tokens,  # [slots]
+    table,  # [vocab, N]
+    norm,  # [N], if NORM
+    out,  # [rows, N]
+    scaled,  # [rows, N]: out times the norm's weight
+    squares,  # [MAX_BATCH]
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The first kernel of a step. It never lets the next one start early (see `dependent`)."""
+    row = tl.program_id(0)
+    token = tl.load(token_ids + row).to(tl.int64)
+    if token < 0:
+        token = tl.load(last_tokens + tl.load(slots + row)).to(tl.int64)
+    columns = tl.arange(0, NP)
+    there = columns < N
+    values = tl.load(table + token * N + columns, mask=there, other=0.0)
+    start = row.to(tl.int64) * N
+    tl.store(out + start + columns, values, mask=there)
+    if NORM:
+        wide = values.to(tl.float32)
+        weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
+        tl.store(scaled + start + columns, (wide * weight).to(out.dtype.element_ty), mask=there)
+        tl.store(squares + row, tl.sum(wide * wide, 0))
+
+
+def embed(
+    token_ids: Tensor,
+    slots: Tensor,
+    last_tokens: Tensor,
+    table: Tensor,
+    out: Tensor,
+    following: tuple[Tensor, Normed] | None = None,
+) -> Tensor:
+    """Rows of the embedding; with `following`, also what the first norm's reader needs."""
+    rows, width = out.shape
+    embed_kernel[(rows,)](
+        token_ids,
+        slots,
+        last_tokens,
+        table,
+        table if following is None else following[0],
+        out,
+        out if following is None else following[1].values,
+        out if following is None else following[1].squares,
+        width,
+        triton.next_power_of_2(width),
+        following is not None,
+        num_warps=8,
+    )
+    if following is not None:
+        assert following[1].squares.shape == (1, MAX_ROWS)
+    return out
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, rows, norm, out, eps, N: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr
+):
+    row = tl.program_id(0)
+    source = row.to(tl.int64)
+    if SELECT:
+        source = tl.load(rows + row).to(tl.int64)
+    columns = tl.arange(0, NP)
+    there = columns < N
+    values = tl.load(x + source * N + columns, mask=there, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(values * values, 0) / N + eps)
+    weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
+    result = values * factor * weight
+    tl.store(out + row.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=there)
+
+
+def rms_norm(x: Tensor, norm: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm of x's rows, or of those that `rows` names."""
+    count, width = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    out = x.new_empty(count, width)
+    if count:
+        rms_norm_kernel[(count,)](
+            x,
+            x if rows is None else rows,
+            norm,
+            out,
+            eps,
+            width,
+            triton.next_power_of_2(width),
+            rows is not None,
+            num_warps=8,
+        )
+    return out
+
+
+@triton.jit
+def silu_mul_kernel(gate_up, out, N: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = columns < N
+    gate = tl.load(gate_up + row * (2 * N) + columns, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * N) + N + columns, mask=there, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * N + columns, result.to(out.dtype.element_ty), mask=there)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of a [rows, 2 * width] tensor."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    block = min(4096, triton.next_power_of_2(width))
+    silu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, block, num_warps=8)
+    return out

@@ -1,0 +1,17 @@
+"""Where the Triton tests run: on the GPU if there is one, else in Triton's interpreter.
+
+`conftest` switches the interpreter on before any kernel is imported. What only a device can show
+(graphs, races, bits of the tensor cores) is marked `gpu`, and skipped without one.
+"""
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the whole, in the Frobenius norm. NaN never passes a comparison with it."""
+    return float((got.float() - expected.float()).norm() / expected.float().norm())

@@ -1,0 +1,180 @@
+"""The Triton attention kernels against the reference, interpreted where there is no GPU."""
+
+import pytest
+import torch
+import triton
+from attrs import frozen
+from gpu import DEVICE, relative_error
+
+from agentrt.kernels import Geometry, Segment
+from agentrt.kernels.attention_decode import (
+    DecodeRows,
+    DecodeWork,
+    decode_attention,
+    num_splits,
+    split_tokens,
+)
+from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles, prefill_attention
+from agentrt.kernels.reference import attend_segment
+from agentrt.kernels.rotary import append_heads
+
+EPS = 1e-5
+CONTEXT = 1024
+NUM_BLOCKS = 220
+TOLERANCE = 1e-2  # bf16: the weights of softmax are rounded too
+HEADS = [(6, 2, 16, False), (8, 2, 32, True), (4, 4, 16, False), (9, 3, 64, False)]
+# The interpreter computes with numpy, which warns where a GPU gives infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@frozen
+class Case:
+    geometry: Geometry
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    kv: torch.Tensor
+    tables: torch.Tensor
+    order: list[int]  # block ids, shuffled
+
+    def place(self, slot: int, first: int, num_tokens: int) -> tuple[int, ...]:
+        """Give a slot blocks for `num_tokens` tokens, those from the `first`-th on."""
+        count = -(-num_tokens // self.kv.shape[3])
+        ids = self.order[first : first + count]
+        self.tables[slot, :count] = torch.tensor(ids, dtype=torch.int32)
+        return tuple(ids)
+
+    def heads(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """qkv normed and turned in float32, then rounded [rows, heads + 2 * kv_heads, dim]."""
+        made, dim = self.geometry, self.geometry.head_dim
+        both = made.num_heads + made.num_kv_heads
+        heads = qkv.float().view(len(positions), -1, dim).clone()
+        if self.norms is not None:
+            for part, weight in zip(
+                (heads[:, : made.num_heads], heads[:, made.num_heads : both]),
+                self.norms,
+                strict=True,
+            ):
+                part *= torch.rsqrt(part.square().mean(-1, keepdim=True) + EPS) * weight.float()
+        cos, sin = made.cos[positions][:, None], made.sin[positions][:, None]
+        low, high = heads[:, :both].chunk(2, -1)
+        heads[:, :both] = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+        return heads.bfloat16()
+
+
+def make(heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int = 16) -> Case:
+    torch.manual_seed(0)
+    frequencies = 1e4 ** (-torch.arange(0, dim, 2) / dim)
+    angles = (torch.arange(CONTEXT)[:, None] * frequencies).to(DEVICE)
+    geometry = Geometry(heads, kv_heads, dim, EPS, angles.cos(), angles.sin())
+    norms = None
+    if with_norm:
+        norms = tuple(torch.rand(2, dim).add(0.5).to(DEVICE, torch.bfloat16))
+    kv = torch.randn(2, NUM_BLOCKS, kv_heads, block_tokens, dim).to(DEVICE, torch.bfloat16)
+    tables = torch.zeros(8, CONTEXT // block_tokens, dtype=torch.int32, device=DEVICE)
+    return Case(geometry, norms, kv, tables, torch.randperm(NUM_BLOCKS).tolist())
+
+
+def attend_decode(
+    case: Case, qkv: torch.Tensor, slots: list[int], positions: list[int], num_programs: int = 7
+) -> torch.Tensor:
+    """Attention of rows, and their keys and values into case.kv."""
+    starts = [0]
+    for position in positions:
+        starts.append(starts[-1] + num_splits(position))
+    made = case.geometry
+    work = DecodeWork.allocate(64, 8, made.num_heads, made.num_kv_heads, made.head_dim, DEVICE)
+    rows = DecodeRows(
+        *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (slots, positions, starts)),
+        case.tables,
+    )
+    out = qkv.new_full((len(slots), made.num_heads * made.head_dim), float("nan"))
+    decode_attention(
+        qkv,
+        case.kv,
+        out,
+        rows,
+        work,
+        made.cos,
+        made.sin,
+        norms=case.norms,
+        eps=EPS,
+        num_programs=num_programs,
+        tile=(32, 2, 4),
+    )
+    assert not work.counters.any()
+    return out
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), HEADS)
+def test_decode(heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int) -> None:
+    case = make(heads, kv_heads, dim, with_norm, block_tokens)
+    slots, positions = [3, 1, 0, 5, 2], [0, 700, 255, 256, 33]
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    made, kv, first = case.heads(qkv, torch.tensor(positions)), case.kv.clone(), 0
+    expected = []
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        ids = case.place(slot, first, position + 1)
+        first += len(ids)
+        own = made[row, heads:].view(2, kv_heads, dim)
+        kv[:, ids[position // block_tokens], :, position % block_tokens] = own
+        query = made[row : row + 1, :heads]
+        expected.append(attend_segment(query, kv, Segment(0, 1, position, ids)).flatten(1))
+    out = attend_decode(case, qkv, slots, positions)
+    assert relative_error(out, torch.cat(expected)) < TOLERANCE
+    torch.testing.assert_close(case.kv, kv, rtol=2**-7, atol=2**-8)
+
+
+def test_decode_bits_do_not_depend_on_the_batch_or_the_programs() -> None:
+    case = make(8, 2, 32, True)
+    slots, positions, first = [0, 1, 2], [900, 40, 600], 0
+    for slot, position in zip(slots, positions, strict=True):
+        first += len(case.place(slot, first, position + 1))
+    qkv = torch.randn(3, 12 * 32).to(DEVICE, torch.bfloat16)
+    whole = attend_decode(case, qkv, slots, positions)
+    for num_programs in (1, 5, 64):
+        assert torch.equal(attend_decode(case, qkv, slots, positions, num_programs), whole)
+    for row in range(3):
+        alone = attend_decode(case, qkv[row : row + 1], [slots[row]], [positions[row]])
+        assert torch.equal(alone, whole[row : row + 1])
+
+
+def test_splits_are_bounded() -> None:
+    assert [num_splits(position) for position in (0, 255, 256, 1023)] == [1, 1, 2, 4]
+    assert max(num_splits(position) for position in range(0, 200_000, 63)) <= 64
+    assert split_tokens(16_383) == 256
+    assert split_tokens(16_384) == 512
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), HEADS)
+def test_prefill(heads: int, kv_heads: int, dim: int, with_norm: bool) -> None:
+    case = make(heads, kv_heads, dim, with_norm)
+    chunks = [(0, 0, 30, 4), (30, 37, 41, 6)]  # first row, position, rows, slot
+    qkv = torch.randn(71, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    positions = torch.cat([torch.arange(p, p + n) for _, p, n, _ in chunks])
+    slots = torch.tensor([4] * 30 + [6] * 41, dtype=torch.int32, device=DEVICE)
+    made, kv, expected, first = case.heads(qkv, positions), case.kv.clone(), [], 0
+    for row, position, number, slot in chunks:
+        ids = case.place(slot, first, position + number)
+        first += len(ids)
+        for i in range(number):
+            own = made[row + i, heads:].view(2, kv_heads, dim)
+            kv[:, ids[(position + i) // 16], :, (position + i) % 16] = own
+        query = made[row : row + number, :heads]
+        expected.append(attend_segment(query, kv, Segment(0, number, position, ids)).flatten(1))
+    where = positions.to(DEVICE, torch.int32)
+    append_heads(qkv, case.kv, case.tables, slots, where, case.geometry, case.norms)
+    torch.testing.assert_close(case.kv, kv, rtol=2**-7, atol=2**-8)
+    assert relative_error(qkv.view(71, -1, dim)[:, :heads], made[:, :heads]) < TOLERANCE
+    shape = PrefillTiles(64, 32, 2, 4)
+    tiles = plan_tiles(chunks, heads // kv_heads, shape.rows)
+    described = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    out = qkv.new_full((71, heads * dim), float("nan"))
+    prefill_attention(qkv, case.kv, out, case.tables, described, shape)
+    assert relative_error(out, torch.cat(expected)) < TOLERANCE
+
+
+def test_tiles_cover_every_row_once() -> None:
+    tiles = plan_tiles([(0, 100, 70, 1), (70, 0, 5, 2)], 3, 64)
+    rows = sorted(row + i for row, _, number, _ in tiles for i in range(number))
+    assert rows == list(range(75))
+    assert max(number for _, _, number, _ in tiles) * triton.next_power_of_2(3) <= 64

@@ -1,0 +1,80 @@
+"""Whole models on the Triton path, interpreted where there is no GPU, against transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from gpu import DEVICE, relative_error
+from test_models import ARCHITECTURES, TOKENS, reference_logits
+
+from agentrt.config import EngineConfig
+from agentrt.errors import ConfigError
+from agentrt.kernels import Segment
+from agentrt.kernels.cuda import CudaOps
+from agentrt.models.llama import LlamaModel, expected_shapes
+from agentrt.models.load import load_model
+from agentrt.weights import load_tensors, open_checkpoint
+
+# The interpreter computes with numpy, which warns where a GPU gives infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(params=["llama3", "qwen3", "qwen2.5"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Weights that bf16 holds exactly, so that only the computation differs."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[request.param])
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
+    model.bfloat16().float().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def triton_model(folder: Path, **options: bool) -> LlamaModel:
+    spec = load_model(folder, EngineConfig(device="cpu", dtype="float32")).model.spec
+    ops = CudaOps(DEVICE, pdl=DEVICE.type == "cuda", **options)
+    with open_checkpoint(folder) as checkpoint, torch.inference_mode():
+        tensors = load_tensors(checkpoint, expected_shapes(spec), torch.bfloat16, None)
+        placed = ((name, tensor.to(DEVICE)) for name, tensor in tensors)
+        return LlamaModel.build(spec, ops, placed, 512)
+
+
+def logits_of(model: LlamaModel, chunks: list[int], block_tokens: int = 16) -> torch.Tensor:
+    """As in test_models, on the device."""
+    spec = model.spec
+    blocks = tuple(reversed(range(-(-len(TOKENS) // block_tokens))))
+    shape = (spec.num_layers, 2, len(blocks), spec.num_kv_heads, block_tokens, spec.head_dim)
+    kv, parts, start = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE), [], 0
+    with torch.inference_mode():
+        for size in chunks:
+            ids = torch.tensor(TOKENS[start : start + size], device=DEVICE)
+            positions = torch.arange(start, start + size, device=DEVICE)
+            rows = torch.arange(size, device=DEVICE)
+            segments = (Segment(0, size, start, blocks),)
+            parts.append(model.forward(ids, positions, segments, kv, rows))
+            start += size
+    return torch.cat(parts).cpu()
+
+
+def test_equals_transformers(folder: Path) -> None:
+    """Prefill by cuBLAS, by skinny products, and decode by either kind of product."""
+    expected = reference_logits(folder)
+    for options, chunks in (({}, [100, 47, 1, 1, 1]), ({"gemv": False}, [148, 1, 1])):
+        logits = logits_of(triton_model(folder, **options), chunks)
+        assert relative_error(logits[: len(expected)], expected[: len(logits)]) < 0.05
+
+
+def test_fp8_weights_are_near(folder: Path) -> None:
+    expected = reference_logits(folder)
+    logits = logits_of(triton_model(folder, fp8=True), [148, 1, 1])
+    assert relative_error(logits, expected) < 0.3
+
+
+def test_a_shape_that_is_not_served_is_refused() -> None:
+    ops = CudaOps(DEVICE)
+    ops.check(num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=4096)
+    for wrong in ({"head_dim": 80}, {"num_kv_heads": 1}, {"hidden_size": 100}):
+        shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, **wrong}
+        with pytest.raises(ConfigError, match="float32"):
+            ops.check(**shape)
