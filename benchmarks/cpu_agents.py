@@ -28,6 +28,7 @@ from agentrt.registry import locate
 
 MAX_CONTEXT = 7680
 WAIT_SCALE = 0.2
+COLD = EngineConfig(disk_kv_bytes=0)  # nothing of an earlier run
 
 
 def load_replay(shared: Path) -> ModuleType:
@@ -59,7 +60,7 @@ async def measure_single(rows: list[dict[str, Any]], repeats: int) -> dict[str, 
     ids = [i for _, segment, _ in rows[0]["segments"] for i in segment][:2048]
     prefill, decode = [], []
     for _ in range(repeats):
-        async with Engine() as engine:
+        async with Engine(config=COLD) as engine:
             await generate(engine, ids[:64], 4)
             begin = time.perf_counter()
             await generate(engine, ids, 1)
@@ -73,7 +74,7 @@ async def measure_single(rows: list[dict[str, Any]], repeats: int) -> dict[str, 
 async def measure_agents(shared: Path, num_agents: int, concurrency: int) -> dict[str, Any]:
     replay = load_replay(shared)
     rows = replay.load(shared / "traces" / "tau_airline_tokens.jsonl.gz", num_agents)
-    async with Engine(config=EngineConfig(max_batch=64)) as engine:
+    async with Engine(config=COLD) as engine:
 
         async def one(_: str, ids: list[int], num_tokens: int) -> tuple[float, list[int]]:
             return await generate(engine, ids, num_tokens)

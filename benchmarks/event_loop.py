@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import time
 
-from agentrt import Engine, GenerateOptions
+from agentrt import Engine, EngineConfig, GenerateOptions
 
 SLEEP_S = 0.001
 
@@ -31,7 +31,7 @@ async def consume(engine: Engine, prompt: list[int], num_tokens: int) -> int:
 
 
 async def run(num_streams: int, num_tokens: int) -> None:
-    async with Engine() as engine:
+    async with Engine(config=EngineConfig(disk_kv_bytes=0)) as engine:
         await consume(engine, [1, 2, 3], 2)
         for name, streams in (("idle", 0), (f"{num_streams} streams", num_streams)):
             stop = asyncio.Event()

@@ -23,6 +23,7 @@ from agentrt.config import default_cache_dir
 from agentrt.registry import locate
 
 TIE = 1e-4
+CONFIG = EngineConfig(device="cpu", dtype="float32", max_batch=4, disk_kv_bytes=0)
 
 
 def prompts(shared: Path, count: int) -> list[list[int]]:
@@ -41,7 +42,7 @@ def prompts(shared: Path, count: int) -> list[list[int]]:
 async def continuations(given: list[list[int]], num_tokens: int) -> list[list[tuple[int, float]]]:
     """agentrt's (token, logprob)s, all prompts in one engine."""
     options = GenerateOptions(max_tokens=num_tokens, ignore_eos=True, top_logprobs=0)
-    async with Engine(config=EngineConfig(device="cpu", dtype="float32", max_batch=4)) as engine:
+    async with Engine(config=CONFIG) as engine:
         done = await asyncio.gather(*(engine.generate(prompt, options) for prompt in given))
     return [[(one.token_id, one.logprob) for one in c.logprobs or ()] for c in done]
 
