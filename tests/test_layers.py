@@ -37,7 +37,7 @@ TOP = len(LAYERS) - 1
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 MAY_IMPORT_TORCH = {"kernels", "models", "weights", "batch", "sampler", "runner"}
-MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph"}
+MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph", "transfer_cuda"}
 NEVER_EACH_OTHER = [("kernels", "cache"), ("cache", "kernels")]
 ROOTS = {
     "agentrt": Path(agentrt.__file__).parent,

@@ -1,0 +1,183 @@
+/* Matrix products, and the rows that they read.
+ *
+ * int8: weights are int8 with a scale an output, stored plus 128 as the dot instruction wants one
+ * unsigned side; activations are two int8 digits, so sums are integers and exact. float32: sums run
+ * over the inputs in ascending order, one fused multiply-add each. In both a lane is an output.
+ */
+#include "native.h"
+
+#define DIGIT 256.0f
+#define LARGEST (127.0f * DIGIT)
+#define TINY 1e-30f      /* keeps the scale of an all-zero row finite */
+#define WIDTH_UNIT 64    /* rows of digits are padded to whole cache lines */
+#define INT8_PANEL 32    /* outputs that one pass over the inputs makes */
+#define FLOAT_PANEL 64
+#define ROWS 6           /* rows that one pass makes: 6 rows x 4 vectors fit the registers */
+#define CHUNK_BYTES (320 << 10) /* rows that a pass over all panels reads: they stay in L2 */
+
+/* What stands behind a row's digits (low ones first, then high ones). */
+typedef struct {
+    float peak;
+    int32_t sum_low, sum_high;
+} Tail;
+
+int64_t native_row_bytes(int64_t width, int64_t is_int8) {
+    return is_int8 ? 2 * round_up(width, WIDTH_UNIT) + WIDTH_UNIT : width * (int64_t)sizeof(float);
+}
+
+/* row ~ peak / LARGEST * (256 * high + low), within half of that unit. */
+static void split_digits(const float *row, int64_t width, char *to) {
+    int64_t padded = round_up(width, WIDTH_UNIT);
+    int8_t *low = (int8_t *)to, *high = low + padded;
+    float peak = TINY;
+    for (int64_t i = 0; i < width; i += LANES) {
+        floats v = width - i < LANES ? load_part(row + i, width - i) : load(row + i);
+        peak = fmaxf(peak, max_lanes(maximum(v, -v)));
+    }
+    float unit = LARGEST / peak;
+    int32_t sum_low = 0, sum_high = 0;
+    for (int64_t i = 0; i < width; i++) {
+        int32_t whole = (int32_t)__builtin_rintf(row[i] * unit);
+        int32_t upper = (whole + 128) >> 8;
+        low[i] = (int8_t)whole; /* the low byte read as signed: `upper` makes up for that */
+        high[i] = (int8_t)upper;
+        sum_low += low[i];
+        sum_high += high[i];
+    }
+    memset(low + width, 0, (size_t)(padded - width));
+    memset(high + width, 0, (size_t)(padded - width));
+    Tail tail = {peak, sum_low, sum_high};
+    memcpy(to + 2 * padded, &tail, sizeof tail);
+}
+
+void write_row(const float *row, int64_t width, char *to, int64_t is_int8) {
+    if (is_int8)
+        split_digits(row, width, to);
+    else if ((const char *)row != to)
+        memcpy(to, row, (size_t)width * sizeof(float));
+}
+
+/* Root-mean-square norm (Zhang, Sennrich 2019). */
+void norm_row(const float *row, const float *weight, int64_t width, double eps, float *to) {
+    floats squares = {0};
+    for (int64_t i = 0; i < width; i += LANES) {
+        floats v = width - i < LANES ? load_part(row + i, width - i) : load(row + i);
+        squares = multiply_add(v, v, squares);
+    }
+    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)width + (float)eps);
+    for (int64_t i = 0; i < width; i++) to[i] = row[i] * scale * weight[i];
+}
+
+INLINE ints dot_bytes(ints sum, ints unsigned_bytes, ints signed_bytes) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#else
+    const uint8_t *a = (const uint8_t *)&unsigned_bytes;
+    const int8_t *b = (const int8_t *)&signed_bytes;
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 4 * lane; i < 4 * lane + 4; i++) sum[lane] += a[i] * b[i];
+    return sum;
+#endif
+}
+
+INLINE void put(float *to, floats y, int64_t num, int64_t adds) {
+    if (num >= LANES) {
+        store(to, adds ? load(to) + y : y);
+    } else if (num > 0) {
+        if (adds) y += load_part(to, num);
+        memcpy(to, &y, (size_t)num * sizeof(float));
+    }
+}
+
+INLINE ints load_ints(const void *from) { return (ints)load(from); }
+
+INLINE void int8_tile(int num_rows, const char *x, int64_t row_bytes, const Linear *linear,
+                      int64_t panel, float *out, int64_t adds) {
+    int64_t padded = round_up(linear->inputs, WIDTH_UNIT);
+    const char *w = (const char *)linear->weights + panel * padded * INT8_PANEL;
+    ints low[ROWS][2] = {0}, high[ROWS][2] = {0};
+    for (int64_t i = 0; i < padded; i += 4, w += 4 * INT8_PANEL) {
+        ints w0 = load_ints(w), w1 = load_ints(w + 64);
+        for (int row = 0; row < num_rows; row++) {
+            int32_t four;
+            memcpy(&four, x + row * row_bytes + i, 4);
+            low[row][0] = dot_bytes(low[row][0], w0, splat_int(four));
+            low[row][1] = dot_bytes(low[row][1], w1, splat_int(four));
+            memcpy(&four, x + row * row_bytes + padded + i, 4);
+            high[row][0] = dot_bytes(high[row][0], w0, splat_int(four));
+            high[row][1] = dot_bytes(high[row][1], w1, splat_int(four));
+        }
+    }
+    for (int row = 0; row < num_rows; row++) {
+        Tail tail;
+        memcpy(&tail, x + row * row_bytes + 2 * padded, sizeof tail);
+        for (int half = 0; half < 2; half++) {
+            int64_t first = panel * INT8_PANEL + half * LANES;
+            ints exact_low = low[row][half] - splat_int(128 * tail.sum_low);
+            ints exact_high = high[row][half] - splat_int(128 * tail.sum_high);
+            floats y = __builtin_convertvector(exact_high, floats) * splat(DIGIT);
+            y = (__builtin_convertvector(exact_low, floats) + y) * load(linear->scale + first);
+            y = y * splat(tail.peak);
+            if (linear->bias) y += load(linear->bias + first);
+            put(out + row * linear->outputs + first, y, linear->outputs - first, adds);
+        }
+    }
+}
+
+INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Linear *linear,
+                       int64_t panel, float *out, int64_t adds) {
+    const float *w = (const float *)linear->weights + panel * linear->inputs * FLOAT_PANEL;
+    floats sums[ROWS][4] = {0};
+    for (int64_t i = 0; i < linear->inputs; i++, w += FLOAT_PANEL) {
+        floats w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+        for (int row = 0; row < num_rows; row++) {
+            floats v = splat(((const float *)(x + row * row_bytes))[i]);
+            sums[row][0] = multiply_add(v, w0, sums[row][0]);
+            sums[row][1] = multiply_add(v, w1, sums[row][1]);
+            sums[row][2] = multiply_add(v, w2, sums[row][2]);
+            sums[row][3] = multiply_add(v, w3, sums[row][3]);
+        }
+    }
+    for (int row = 0; row < num_rows; row++)
+        for (int part = 0; part < 4; part++) {
+            int64_t first = panel * FLOAT_PANEL + part * LANES;
+            floats y = sums[row][part];
+            if (linear->bias) y += load(linear->bias + first);
+            put(out + row * linear->outputs + first, y, linear->outputs - first, adds);
+        }
+}
+
+#define TILE_CASES(tile)                                                  \
+    switch (num_rows) {                                                   \
+    case 1: tile(1, x, row_bytes, linear, panel, out, adds); break;       \
+    case 2: tile(2, x, row_bytes, linear, panel, out, adds); break;       \
+    case 3: tile(3, x, row_bytes, linear, panel, out, adds); break;       \
+    case 4: tile(4, x, row_bytes, linear, panel, out, adds); break;       \
+    case 5: tile(5, x, row_bytes, linear, panel, out, adds); break;       \
+    default: tile(ROWS, x, row_bytes, linear, panel, out, adds);          \
+    }
+
+static void product_tile(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear,
+                         int64_t panel, float *out, int64_t adds) {
+    if (linear->scale) {
+        TILE_CASES(int8_tile)
+    } else {
+        TILE_CASES(float_tile)
+    }
+}
+
+void product(const char *x, int64_t num_rows, const Linear *linear, float *out, int64_t adds) {
+    int64_t row_bytes = native_row_bytes(linear->inputs, linear->scale != 0);
+    int64_t width = linear->scale ? INT8_PANEL : FLOAT_PANEL;
+    int64_t num_panels = (linear->outputs + width - 1) / width;
+    int64_t chunk = larger(CHUNK_BYTES / row_bytes / ROWS, 1) * ROWS;
+    int64_t num_chunks = (num_rows + chunk - 1) / chunk;
+#pragma omp for schedule(static) nowait
+    for (int64_t item = 0; item < num_chunks * num_panels; item++) {
+        int64_t first = item / num_panels * chunk, panel = item % num_panels;
+        int64_t end = smaller(first + chunk, num_rows);
+        for (int64_t row = first; row < end; row += ROWS)
+            product_tile(smaller(end - row, ROWS), x + row * row_bytes, row_bytes, linear, panel,
+                         out + row * linear->outputs, adds);
+    }
+}
