@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 if TYPE_CHECKING:
-    from agentrt.cache.lower import LowerStats
+    from agentrt.cache.tier import LowerStats
 
 
 @frozen(kw_only=True)

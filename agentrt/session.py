@@ -237,6 +237,7 @@ class Session:
         self._check_choice(choice)
         check_text(text)
         before = list(self.messages), self._log.copy(), self._num_calls
+        self._engine.mark(self._log.ids, SessionState.RUNNING)
         self._busy, complete = True, False
         try:
             self.messages.append(Message(role="user", content=text))

@@ -1,6 +1,6 @@
 """Agents in a device pool that holds a third of what they work on, on a CPU with SmolLM2.
 
-    python benchmarks/pressure.py --shared DIR [--agents 24] [--turns 4] [--json FILE]
+    python benchmarks/pressure.py --shared DIR [--agents 24] [--turns 6] [--json FILE]
 
 The first turns of the airline workload's agents, all at once. Waits are scaled, and a tenth of them
 take 20 times the median. Three engines in one run, in turn: `recompute` has no tier below the
@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from replay_all import num_shared_tokens
 
 from agentrt import Engine, EngineConfig, GenerateOptions
 from agentrt.config import default_cache_dir
@@ -50,7 +52,10 @@ def workload(shared: Path, num_agents: int, num_turns: int, wait_scale: float) -
 
 
 def working_set_tokens(agents: Rows) -> int:
-    return sum(len(new) + output for turns in agents for new, output, _ in turns)
+    """Tokens of all logs, what they begin with in common counted once."""
+    logs = [[token for new, _, _ in turns for token in new] for turns in agents]
+    num_output = sum(output for turns in agents for _, output, _ in turns)
+    return sum(map(len, logs)) - num_shared_tokens(logs) + num_output
 
 
 async def run(agents: Rows, config: EngineConfig) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--agents", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--wait-scale", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--price-repeats", type=int, default=5)
@@ -136,10 +141,9 @@ def main() -> None:
     worth = results["worth"]["wall_s"]
     for name in ("recompute", "lru", "worth"):
         row = results[name]
-        print(
-            f"{name:10} wall {row['wall_s']:7.1f} s, computed {row['computed']:7}, from device "
-            f"{row['device']:7}, host {row['host']:7}; worth takes {worth / row['wall_s']:.2f} of it"
-        )
+        walls = f"{name:10} wall {row['wall_s']:7.1f} s, of which worth takes"
+        print(f"{walls} {worth / row['wall_s']:.2f}; prompt tokens computed {row['computed']:,},")
+        print(f"{'':11}from the device {row['device']:,}, from the host {row['host']:,}")
     print(f"tiers on over tiers off, where nothing hits: {results['price']:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -191,6 +191,37 @@ class ChunkIndex:
         self._by_key[key] = chunk
         return chunk
 
+    def covers(self, parent: Chunk, tail: TokenArray) -> bool:
+        """Whether a longer readable chunk begins with this tail."""
+        if len(tail) == self.chunk_tokens:
+            return False
+        return any(
+            child.is_readable and len(child.token_ids) > len(tail) and begins(child.token_ids, tail)
+            for child in parent.children
+        )
+
+    def tails_of(self, chunk: Chunk) -> list[Chunk]:
+        """The tails of which `chunk` is the continuation."""
+        assert chunk.parent is not None
+        return [
+            other
+            for other in chunk.parent.children
+            if len(other.token_ids) < len(chunk.token_ids)
+            and begins(chunk.token_ids, other.token_ids)
+        ]
+
+    def deepest(self, token_ids: TokenArray) -> Chunk:
+        """The last chunk of this log that the index knows, readable or not."""
+        node = self.root
+        for start in range(0, len(token_ids), self.chunk_tokens):
+            tokens = token_ids[start : start + self.chunk_tokens]
+            child = self.find(node, tokens)
+            if child is None:
+                tails = [other for other in node.children if begins(tokens, other.token_ids)]
+                return max(tails, key=lambda other: other.end, default=node)
+            node = child
+        return node
+
     def prune(self, chunk: Chunk) -> None:
         """Forget a chunk that nothing holds or hangs on, and its ancestors likewise."""
         node: Chunk | None = chunk
@@ -231,3 +262,8 @@ def _check_holding(chunk: Chunk, tier: str) -> None:
     num_children = sum(getattr(child, tier) is not None for child in chunk.children)
     if holding.chunk is not chunk or not holding.attached or holding.num_children != num_children:
         raise CacheCorrupt(f"{chunk!r}: the books of its {tier} copy are wrong: {holding!r}")
+
+
+def begins(longer: TokenArray, shorter: TokenArray) -> bool:
+    """Whether `longer` begins with `shorter`."""
+    return num_common(longer, shorter) == len(shorter)

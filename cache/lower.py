@@ -3,28 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, final
 
-from attrs import frozen
-
 from agentrt.cache.chunk import Chunk, ChunkIndex, Holding, StoredPrefix
 from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState, TierRates, inherit
 from agentrt.cache.host import HostTier
 from agentrt.cache.node import TokenArray
-from agentrt.cache.tier import Record, Tier, TierStats
+from agentrt.cache.tier import LowerStats, Record, Tier
 
 TierName = Literal["host", "disk"]
-
-
-@frozen(kw_only=True)
-class LowerStats:
-    """A snapshot; bytes are of now, tokens count from the opening."""
-
-    num_chunks: int
-    host_bytes: int  # in use
-    host_limit_bytes: int
-    saved_tokens: int
-    unsaved_tokens: int  # that found no room
-    host_evicted_tokens: int
-    disk: TierStats | None
 
 
 @final
@@ -134,7 +119,7 @@ class LowerTiers:
         for start in range(0, len(token_ids), self.chunk_tokens):
             tokens = token_ids[start : start + self.chunk_tokens]
             chunk = self._index.find(node, tokens)
-            if chunk is None and self._is_covered(node, tokens):
+            if chunk is None and self._index.covers(node, tokens):
                 break
             chunk = chunk or self._index.add(node, tokens, now)
             if chunk is None:
@@ -215,9 +200,9 @@ class LowerTiers:
     def forget(self, token_ids: TokenArray, keep_tokens: int, *, erase: bool) -> None:
         """Drop this log's own chunks beyond `keep_tokens`; with `erase` their bytes are overwritten
         (on disk once the tier was flushed). What other logs share stays."""
-        chunk = self._deepest(token_ids)
+        chunk = self._index.deepest(token_ids)
         keys: list[bytes] = []
-        while chunk is not None and chunk.parent is not None and not chunk.children:
+        while chunk.parent is not None and not chunk.children:
             if chunk.end <= keep_tokens:
                 break
             parent = chunk.parent
@@ -293,39 +278,15 @@ class LowerTiers:
             elif chunk is not None:
                 self._index.prune(chunk)
 
-    def _is_covered(self, node: Chunk, tokens: TokenArray) -> bool:
-        """Whether a longer chunk holds this tail already."""
-        if len(tokens) == self.chunk_tokens:
-            return False
-        size = len(tokens)
-        return any(
-            child.is_readable and len(child.token_ids) > size and same(child.token_ids, tokens)
-            for child in node.children
-        )
-
     def _drop_tails(self, chunk: Chunk) -> None:
         """Drop the tails of which `chunk` is the continuation."""
-        assert chunk.parent is not None
         keys = []
-        for other in list(chunk.parent.children):
-            is_shorter = len(other.token_ids) < len(chunk.token_ids)
-            if is_shorter and not other.num_pins and same(chunk.token_ids, other.token_ids):
-                keys.append(other.key)
-                self._discard(other)
+        for tail in self._index.tails_of(chunk):
+            if not tail.num_pins:
+                keys.append(tail.key)
+                self._discard(tail)
         if keys and self._disk is not None:
             self._disk.drop(keys)
-
-    def _deepest(self, token_ids: TokenArray) -> Chunk | None:
-        """The last chunk of this log that the index knows, readable or not."""
-        node = self._index.root
-        for start in range(0, len(token_ids), self.chunk_tokens):
-            tokens = token_ids[start : start + self.chunk_tokens]
-            child = self._index.find(node, tokens)
-            if child is None:
-                tails = [c for c in node.children if same(tokens, c.token_ids)]
-                return max(tails, key=lambda c: c.end, default=node)
-            node = child
-        return node
 
     def _reserve_slot(self, now: float) -> int | None:
         slot = self._host.take()
@@ -434,9 +395,3 @@ class LowerTiers:
             chunk.num_pins -= 1
         self._let_go(chunk, "disk")
         self._settle(chunk)
-
-
-def same(longer: TokenArray, shorter: TokenArray) -> bool:
-    """Whether `shorter` is a beginning of `longer`."""
-    size = len(shorter)
-    return size <= len(longer) and bool((longer[:size] == shorter).all())

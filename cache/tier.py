@@ -60,6 +60,19 @@ class TierStats:
 
 
 @frozen(kw_only=True)
+class LowerStats:
+    """A snapshot; bytes are of now, tokens count from the opening."""
+
+    num_chunks: int
+    host_bytes: int  # in use
+    host_limit_bytes: int
+    saved_tokens: int
+    unsaved_tokens: int  # that found no room
+    host_evicted_tokens: int
+    disk: TierStats | None
+
+
+@frozen(kw_only=True)
 class Contents:
     """The records of one fingerprint in a store."""
 

@@ -1,4 +1,4 @@
-"""The CPU path made of torch's own operations: where the native kernels cannot be had, and bfloat16."""
+"""The CPU path of torch's own operations: bfloat16, and where the native kernels cannot be had."""
 
 from __future__ import annotations
 

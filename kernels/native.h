@@ -32,7 +32,6 @@ typedef struct {
 typedef struct {
     int64_t first_row, num_rows, start_position;
     int64_t first_block; /* index into Step.block_ids */
-    int64_t num_blocks;
 } Segment;
 
 /* Query rows that attend together: they read the same blocks. */

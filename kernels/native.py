@@ -22,12 +22,14 @@ from agentrt.kernels.native_build import NativeUnavailable, load_library
 INT8_PANEL = 32  # outputs, as native_linear.c has it
 FLOAT_PANEL = 64
 WIDTH_UNIT = 64
-SPLIT_TOKENS = 256  # as native_attention.c has it
+SPLIT_TOKENS = 256  # as native_tile.h has it
+MOST_GROUP_HEADS = 192  # query heads of a KV head: the rows of a thread's memory there
+MOST_HEAD_DIM = 1024
 LARGEST = 127 * 256  # of an activation, in units of its row's peak
 TINY = 1e-30
 
 _LINEAR_FIELDS = ("inputs", "outputs", "weights", "scale", "bias")
-_SEGMENT_FIELDS = 5
+_SEGMENT_FIELDS = 4
 _ITEM_FIELDS = 4
 
 
@@ -76,17 +78,14 @@ class Native:
             "add_norm": [*[address] * 5, number, address],
             "gate_up": [address] * 5,
             "scratch_bytes": [address],
-            "row_bytes": [number, number],
             "has_bfloat16": [],
-            "most_group_rows": [],
             "abi": [],
         }
+        returns = {"scratch_bytes", "has_bfloat16", "abi"}
         for name, types in arguments.items():
             function = getattr(library, f"native_{name}")
-            function.argtypes, function.restype = types, number if "_" in name else None
-        for name in ("add_norm", "gate_up"):
-            getattr(library, f"native_{name}").restype = None
-        library.native_abi.restype = number
+            function.argtypes = types
+            function.restype = number if name in returns else None
         if library.native_abi() != ctypes.sizeof(_Step):
             raise NativeUnavailable("the native kernels' Step is not the one of native.py")
         return cls(library)
@@ -243,6 +242,8 @@ class NativeOps:
         segments, block_ids = _segment_table(inputs)
         if segments[:, 1].tolist() != sorted(segments[:, 1].tolist(), key=lambda rows: rows > 1):
             raise ValueError("segments of one row must come first")
+        if heads // kv_heads > MOST_GROUP_HEADS or dim > MOST_HEAD_DIM or dim % 2:
+            raise ValueError(f"{heads} heads of {dim} over {kv_heads} KV heads are not implemented")
         num_rows = len(inputs.token_ids)
         singles = segments[segments[:, 1] == 1]
         num_partials = int((singles[:, 2] // SPLIT_TOKENS + 1).sum())
@@ -290,12 +291,12 @@ class NativeOps:
 
 
 def _segment_table(inputs: StepInputs) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Segments as rows of five numbers, and all their block ids, one after another."""
+    """Segments as rows of four numbers, and all their block ids, one after another."""
     counts = [len(segment.block_ids) for segment in inputs.segments]
     firsts = np.cumsum([0, *counts]).tolist()
     rows = [
-        (segment.first_row, segment.num_rows, segment.start_position, first, count)
-        for segment, first, count in zip(inputs.segments, firsts[:-1], counts, strict=True)
+        (segment.first_row, segment.num_rows, segment.start_position, first)
+        for segment, first in zip(inputs.segments, firsts[:-1], strict=True)
     ]
     ids = [np.asarray(segment.block_ids, np.int32) for segment in inputs.segments]
     return np.array(rows, np.int64).reshape(-1, _SEGMENT_FIELDS), np.concatenate(ids)

@@ -53,9 +53,7 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_compiler
-def test_other_flags_make_another_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_flags_make_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Native.load(tmp_path)
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-DOTHER"))
     Native.load(tmp_path)
@@ -87,7 +85,9 @@ def test_without_a_compiler_torch_serves_and_says_why(
 def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     fake_compiler(
-        tmp_path, "gcc", 'case "$1" in --version) echo 1.0;; *) echo "no such unit" >&2; exit 1;; esac'
+        tmp_path,
+        "gcc",
+        'case "$1" in --version) echo 1.0;; *) echo "no such unit" >&2; exit 1;; esac',
     )
     compute = choose(tmp_path)
     assert compute.ops.name == "cpu-dense"
@@ -100,7 +100,9 @@ def test_a_library_that_cannot_be_loaded_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    writes = 'for word; do last=$target; target=$word; done; [ "$1" = --version ] || echo x > "$last"'
+    writes = (
+        'for word; do last=$target; target=$word; done; [ "$1" = --version ] || echo x > "$last"'
+    )
     fake_compiler(tmp_path, "gcc", writes)
     with pytest.raises(NativeUnavailable, match="could not be loaded"):
         Native.load(tmp_path)
