@@ -87,6 +87,6 @@ def _choose_cuda(dtype: str, weights: str, deterministic: bool) -> Compute:
         )
     from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
 
-    ops = CudaOps(device, fp8=weights == "fp8", gemv=not deterministic)
+    ops = CudaOps(device, fp8=weights == "fp8", deterministic=deterministic)
     name = "fp8" if weights == "fp8" else "bfloat16"
     return Compute(device=device, dtype=torch.bfloat16, ops=ops, weights=name)

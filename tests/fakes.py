@@ -22,9 +22,9 @@ from agentrt.engine_parts import EngineParts
 from agentrt.loop import Loop, poster
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
-from agentrt.request import Request
+from agentrt.request import PENDING, Request
 from agentrt.runner import Computed, collect_computed
-from agentrt.sampler import Sampled
+from agentrt.sampler import Sampled, is_plain
 from agentrt.scheduler import Plan, Scheduler, Work
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import Tokenizer, load_tokenizer
@@ -111,6 +111,7 @@ class FakeRunner:
     step_tokens: int | None = None
     fail_at_step: int | None = None
     script: Callable[[Request], int | None] = lambda _: None
+    ahead: bool = False  # tokens come a step later, and until then only the device knows them
     before_step: Callable[[], None] = lambda: None
     gate: Gate = field(factory=Gate)
     num_steps: int = field(default=0, init=False)
@@ -118,6 +119,7 @@ class FakeRunner:
     rows: list[int] = field(factory=list, init=False)
     closed: bool = field(default=False, init=False)
     _memory: np.ndarray = field(init=False)
+    _sampled: dict[str, int] = field(factory=dict, init=False)  # by request, its newest token
 
     @_memory.default
     def _empty(self) -> np.ndarray:
@@ -141,7 +143,9 @@ class FakeRunner:
         logits = np.zeros((len(sampling), self.vocab_size), dtype=np.float32)
         for row, work in zip(logits, sampling, strict=True):
             row[:] = self._logits(work)
-        return Computed(sampling, torch.from_numpy(logits))
+            self._sampled[work.request.id] = int(row.argmax())
+        runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
+        return Computed(sampling, torch.from_numpy(logits), runs_ahead)
 
     def collect(self, ticket: Computed) -> list[Sampled]:
         return collect_computed(ticket)
@@ -153,12 +157,17 @@ class FakeRunner:
         for position in range(work.start, work.start + work.num_tokens):
             block, inside = divmod(position, self.block_tokens)
             slot = work.request.lease.block_ids[block], inside
-            self._memory[slot] = work.request.tokens[position]
+            self._memory[slot] = self._token(work.request, position)
+
+    def _token(self, request: Request, position: int) -> int:
+        token = int(request.tokens[position])
+        return self._sampled[request.id] if token == PENDING else token
 
     def _logits(self, work: Work) -> np.ndarray:
         end = work.start + work.num_tokens
         read = self._memory[work.request.lease.block_ids].reshape(-1)[:end]
-        assert np.array_equal(read, work.request.tokens[:end]), f"wrong KV below {work.request.id}"
+        expected = [self._token(work.request, position) for position in range(end)]
+        assert np.array_equal(read, expected), f"wrong KV below {work.request.id}"
         scripted = self.script(work.request)
         if scripted is None:
             return logits_after(read, self.vocab_size)
@@ -197,6 +206,7 @@ class FakeEngine(Engine):
         template: ChatTemplate | None = None,
         checked: bool = True,
         vocab_size: int | None = None,
+        ahead: bool = False,
         **config: object,
     ) -> None:
         super().__init__(
@@ -212,7 +222,7 @@ class FakeEngine(Engine):
         self.spec = fake_spec(vocab_size, context)
         eos = self.spec.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
         self.chat = Chat(tokenizer, template, vocab_size, eos)
-        self.runner = FakeRunner(num_blocks, vocab_size=vocab_size)
+        self.runner = FakeRunner(num_blocks, vocab_size=vocab_size, ahead=ahead)
         self._checked = checked
 
     @property

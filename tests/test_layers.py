@@ -29,6 +29,7 @@ LAYERS = [
         "cuda_inputs",
         "cuda_runner",
         "decode_graph",
+        "mixed_graph",
         "runner",
         "sampler",
         "speculate",
