@@ -7,7 +7,7 @@ down behind it, and a request whose last token is still being sampled finds it o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -111,8 +111,9 @@ class CudaRunner:
     @_tickets.default
     def _ring(self) -> deque[tuple[Tensor, torch.cuda.Event]]:
         width = self.inputs.width
+        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
         return deque(
-            (torch.zeros(width, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            (torch.zeros(width, dtype=torch.int32, pin_memory=True), event())
             for _ in range(NUM_BUFFERS)
         )
 
@@ -192,7 +193,7 @@ class CudaRunner:
 
     def _prefix_blocks(self, work: MixedWork) -> Tensor | None:
         """The full blocks before a long chunk that comes alone, where cuDNN is faster."""
-        if self.ops.deterministic or len(work.chunks) != 1:
+        if not self.ops.cudnn or len(work.chunks) != 1:
             return None
         _, position, num_rows, slot = work.chunks[0]
         geometry = self.model.geometry

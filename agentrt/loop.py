@@ -188,7 +188,7 @@ class Loop:
         does one step after the other."""
         self._count(plan)
         forward = self.clock()
-        ticket = self.runner.launch(plan)
+        ticket: Ticket = self.runner.launch(plan)
         now = self.clock()
         self.counters.forward_s += now - forward
         for work in plan.work:

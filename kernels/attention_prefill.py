@@ -179,7 +179,7 @@ class PrefillTiles:
         padded = triton.next_power_of_2(group)
         short = num_tokens * padded * kv_heads < 128 * 132
         if dim <= 64:
-            return cls(64 if short else 128, 128, 3, 4)
+            return cls(64, 128, 3, 4) if short else cls(128, 64, 3, 8)
         return cls(64, 64, 3, 4) if short else cls(256, 64, 3, 8)
 
 

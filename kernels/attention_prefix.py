@@ -16,6 +16,7 @@ from agentrt.kernels.attention_prefill import Prefix
 
 # Of one layer: with less work than this the copies and launches cost more than they save.
 MIN_FLOPS = 1e11
+MIN_ROWS = 512
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def gather(kv: Tensor, table: Tensor) -> Tensor:
 
 def is_worth_it(num_heads: int, dim: int, num_rows: int, num_tokens: int) -> bool:
     """Whether a chunk of `num_rows` rows after `num_tokens` tokens should take this way."""
-    return 4.0 * num_heads * dim * num_rows * num_tokens >= MIN_FLOPS
+    return num_rows >= MIN_ROWS and 4.0 * num_heads * dim * num_rows * num_tokens >= MIN_FLOPS
 
 
 def attend_prefix(
@@ -59,8 +60,17 @@ def attend_prefix(
     rows, kv_heads, group, dim = query.shape
     key, value = gather(kv, table)
     packed = query.transpose(0, 1).reshape(1, kv_heads, rows * group, dim)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        packed, key[None], value[None], None, True, 0.0, False, False, scale=dim**-0.5
+    out, lse = _attend(packed, key[None], value[None])
+    return Prefix(out[0].contiguous(), lse.reshape(kv_heads, -1).contiguous(), key.shape[1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and its log-sum-exp. On a CPU (tests) by torch's flash kernel."""
+    aten, scale = torch.ops.aten, query.shape[-1] ** -0.5
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        return out, lse
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, False, False, scale=scale
     )
-    flat = out.transpose(1, 2).reshape(rows * group, kv_heads, dim).transpose(0, 1).contiguous()
-    return Prefix(flat, lse.reshape(kv_heads, rows * group).contiguous(), key.shape[1])
+    return out, lse

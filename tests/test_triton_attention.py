@@ -15,11 +15,11 @@ from agentrt.kernels.attention_decode import (
     split_tokens,
 )
 from agentrt.kernels.attention_prefill import (
-    Prefix,
     PrefillTiles,
     plan_tiles,
     prefill_attention,
 )
+from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.reference import attend_segment
 from agentrt.kernels.rotary import append_heads
 
@@ -185,7 +185,7 @@ def test_tiles_cover_every_row_once() -> None:
 
 
 def test_prefill_continues_from_a_prefix_that_is_done() -> None:
-    """The first 64 tokens' attention, with its log-sum-exp, and then the rest."""
+    """The first 64 tokens' attention by cuDNN (on a CPU: torch's flash kernel), then the rest."""
     case = make(8, 2, 32, False)
     heads, kv_heads, dim = 8, 2, 32
     ids = case.place(1, 0, 100)
@@ -195,12 +195,9 @@ def test_prefill_continues_from_a_prefix_that_is_done() -> None:
     append_heads(qkv, case.kv, case.tables, slots, positions, case.geometry, None)
     query = qkv.view(20, -1, dim)[:, :heads]
     expected = attend_segment(query, case.kv, Segment(0, 20, 80, ids)).flatten(1)
-    grouped = query.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, dim).float()
-    key, value = case.kv[:, list(ids[:4])].transpose(1, 2).flatten(2, 3).float()
-    scores = grouped @ key.transpose(1, 2) / dim**0.5
-    prefix = Prefix(
-        (scores.softmax(-1) @ value).bfloat16().contiguous(), scores.logsumexp(-1).contiguous(), 64
-    )
+    blocks = torch.tensor(ids[:4], dtype=torch.int32, device=DEVICE)
+    prefix = attend_prefix(query.reshape(20, kv_heads, -1, dim), case.kv, blocks)
+    assert prefix.num_tokens == 64
     shape = PrefillTiles(64, 32, 2, 4)
     tiles = torch.tensor(plan_tiles([(0, 80, 20, 1)], 4, 64), dtype=torch.int32, device=DEVICE)
     out = qkv.new_full((20, heads * dim), float("nan"))

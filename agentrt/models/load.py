@@ -52,6 +52,7 @@ def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
         weights=config.weights,
         deterministic=config.deterministic,
         is_quantised=is_quantised,
+        long_prefill=config.long_prefill,
     )
 
 
