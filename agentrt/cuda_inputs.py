@@ -44,7 +44,7 @@ class Uploader:
             start += length
         flat = torch.empty(start, dtype=torch.int32, device=self.device)
         flat.copy_(buffer[:start], non_blocking=True)
-        parts = flat.split(lengths)
+        parts = torch.split(flat, lengths)
         return [part[: len(array)] for part, array in zip(parts, arrays, strict=True)]
 
     def upload_to(self, target: Tensor, array: NDArray[np.int32]) -> None:

@@ -7,7 +7,7 @@ down behind it, and a request whose last token is still being sampled finds it o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
 from agentrt.kernels.attention_decode import num_splits
-from agentrt.kernels.attention_prefill import plan_tiles
+from agentrt.kernels.attention_prefill import LARGEST_TILE, plan_tiles
+from agentrt.kernels.attention_prefix import is_worth_it
 from agentrt.kernels.cuda import CudaOps, Rows, Scratch
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.sample import sample_rows
@@ -112,8 +113,9 @@ class CudaRunner:
     @_tickets.default
     def _ring(self) -> deque[tuple[Tensor, torch.cuda.Event]]:
         width = self.inputs.width
+        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
         return deque(
-            (torch.zeros(width, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            (torch.zeros(width, dtype=torch.int32, pin_memory=True), event())
             for _ in range(NUM_BUFFERS)
         )
 
@@ -161,7 +163,7 @@ class CudaRunner:
         self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]
     ) -> Tensor:
         """Rows of one token each: one graph."""
-        bucket, graph = self.graphs.get(len(works))
+        graph = self.graphs.get(len(works))
         width, num = self.inputs.width, len(works)
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
         fields = flat[: 5 * width].reshape(5, width)
@@ -183,9 +185,10 @@ class CudaRunner:
         """Decode rows and prefill chunks, or more decode rows than a graph has."""
         work = _mixed_work(works, slots)
         self._update_tables(updates)
-        graph = self.mixed.get(work)
+        prefix_blocks = self._prefix_blocks(work)
+        graph = None if prefix_blocks is not None else self.mixed.get(work)
         if graph is None:
-            return self._without_graph(work)
+            return self._without_graph(work, prefix_blocks)
         tiles = plan_tiles(work.chunks, self._group, graph.layout.shape.rows)
         self.uploader.upload_to(graph.flat, graph.layout.fill(work, tiles, self.tables.idle_slot))
         graph.replay()
@@ -196,8 +199,20 @@ class CudaRunner:
         geometry = self.model.geometry
         return geometry.num_heads // geometry.num_kv_heads
 
-    def _without_graph(self, work: MixedWork) -> Tensor:
-        """More rows of a kind than any graph has: kernel by kernel."""
+    def _prefix_blocks(self, work: MixedWork) -> Tensor | None:
+        """The full blocks before a long chunk that comes alone, where cuDNN is faster."""
+        if not self.ops.cudnn or len(work.chunks) != 1:
+            return None
+        _, position, num_rows, slot = work.chunks[0]
+        geometry = self.model.geometry
+        if not is_worth_it(geometry.num_heads, geometry.head_dim, num_rows, position):
+            return None
+        tile_blocks = -(-LARGEST_TILE // self.config.block_tokens)  # a tile begins behind them
+        num_blocks = position // self.config.block_tokens // tile_blocks * tile_blocks
+        return self.tables.tables[slot, :num_blocks]
+
+    def _without_graph(self, work: MixedWork, prefix_blocks: Tensor | None) -> Tensor:
+        """Kernel by kernel: what no graph has room for, or cuDNN serves."""
         shape, tiles = self.ops.plan_chunks(work.chunks, self.model.geometry)
         described = np.array(tiles, dtype=np.int32).reshape(-1)
         joined = [np.concatenate(pair) for pair in zip(work.decode, work.prefill, strict=True)]
@@ -218,6 +233,7 @@ class CudaRunner:
             self.model.geometry,
             self.scratch,
             parts[5],
+            prefix_blocks,
         )
         logits = self.model.run(step)
         if len(parts[5]):

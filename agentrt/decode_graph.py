@@ -65,10 +65,9 @@ class DecodeGraphs:
     def max_rows(self) -> int:
         return max(self._graphs, default=0)
 
-    def get(self, num_rows: int) -> tuple[int, DecodeGraph]:
-        """The smallest bucket that holds `num_rows`."""
-        bucket = next(bucket for bucket in sorted(self._graphs) if bucket >= num_rows)
-        return bucket, self._graphs[bucket]
+    def get(self, num_rows: int) -> DecodeGraph:
+        """The graph of the smallest bucket that holds `num_rows`."""
+        return self._graphs[min(bucket for bucket in self._graphs if bucket >= num_rows)]
 
     def capture(self, max_batch: int) -> None:
         """Compile every kernel and capture all buckets that `max_batch` needs."""

@@ -251,7 +251,7 @@ class Loop:
         does one step after the other."""
         self._count(plan)
         begin = self.clock()
-        ticket = self.runner.launch(plan)
+        ticket: Ticket = self.runner.launch(plan)
         now = self.clock()
         self.counters.forward_s += now - begin
         spans = [(w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1]

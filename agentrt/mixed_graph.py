@@ -1,13 +1,14 @@
 """A mixed step (decode rows and prefill chunks) as one CUDA graph.
 
 Launched kernel by kernel, such a step took 8 ms of a CPU for 16 layers, whatever the device needed.
-A graph has a fixed number of rows: first MAX_DECODE for decode rows, then a power of two for the
-chunks. Idle rows have position -1 and write nothing; idle attention tiles have no rows.
+A graph has a fixed number of rows: first MAX_DECODE for decode rows, or none, then a power of two
+for the chunks. Idle rows have position -1 and write nothing; idle attention tiles have no rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -38,28 +39,35 @@ class MixedWork:
     chunks: list[Chunk]
     outputs: tuple[Array, Array, Array, Array]  # rows, slots, seeds, temperatures (as int32)
 
-    @property
-    def num_prefill(self) -> int:
-        return len(self.prefill[0])
+    @classmethod
+    def nothing(cls) -> MixedWork:
+        """No work at all: every row idle."""
+        none = np.zeros(0, dtype=np.int32)
+        rows, outputs = (none, none, none), (none, none, none, none)
+        starts = np.zeros(1, dtype=np.int32)
+        return cls(decode=rows, prefill=rows, starts=starts, chunks=[], outputs=outputs)
 
 
 @frozen(kw_only=True)
 class Layout:
     """Where each input of a bucket lies in one flat int32 array."""
 
+    num_decode: int  # rows for decoding
     num_rows: int  # for chunks
     shape: PrefillTiles
     num_tiles: int
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, num_rows: int, ops: CudaOps, model: LlamaModel) -> Layout:
+    def of(cls, num_decode: int, num_rows: int, ops: CudaOps, model: LlamaModel) -> Layout:
         geometry = model.geometry
         shape, tiles = ops.plan_chunks([(0, 0, num_rows, 0)], geometry)
         num_tiles = len(tiles) + MAX_OUTPUTS  # every further chunk may add a tile
-        rows = MAX_DECODE + num_rows
-        sizes = (rows, rows, rows, MAX_DECODE + 1, 4 * num_tiles, *[MAX_OUTPUTS] * 4)
-        return cls(num_rows=num_rows, shape=shape, num_tiles=num_tiles, sizes=sizes)
+        rows = num_decode + num_rows
+        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[MAX_OUTPUTS] * 4)
+        return cls(
+            num_decode=num_decode, num_rows=num_rows, shape=shape, num_tiles=num_tiles, sizes=sizes
+        )
 
     @property
     def offsets(self) -> list[int]:
@@ -74,7 +82,7 @@ class Layout:
         parts[1][:], parts[2][:], parts[6][:] = idle_slot, -1, idle_slot
         for part, decode, prefill in zip(parts, work.decode, work.prefill, strict=False):
             part[: len(decode)] = decode
-            part[MAX_DECODE : MAX_DECODE + len(prefill)] = prefill
+            part[self.num_decode : self.num_decode + len(prefill)] = prefill
         parts[3][:] = work.starts[-1]
         parts[3][: len(work.starts)] = work.starts
         parts[4][: 4 * len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1)
@@ -82,7 +90,7 @@ class Layout:
             part[: len(values)] = values
         num_decode = len(work.decode[0])
         rows = parts[5][: len(work.outputs[0])]
-        rows[rows >= num_decode] += MAX_DECODE - num_decode
+        rows[rows >= num_decode] += self.num_decode - num_decode
         return flat
 
 
@@ -106,28 +114,31 @@ class MixedGraphs:
     last_tokens: Tensor
     tokens: Tensor
     idle_slot: int
-    _graphs: list[MixedGraph] = field(factory=list, init=False)  # by ascending number of rows
+    _graphs: list[MixedGraph] = field(
+        factory=list, init=False
+    )  # by ascending rows, no decode first
 
     def get(self, work: MixedWork) -> MixedGraph | None:
         """The smallest graph that holds the work, if one does."""
-        if len(work.decode[0]) > MAX_DECODE or len(work.outputs[0]) > MAX_OUTPUTS:
+        num_decode, num_prefill = len(work.decode[0]), len(work.prefill[0])
+        if len(work.outputs[0]) > MAX_OUTPUTS:
             return None
-        fitting = (g for g in self._graphs if g.layout.num_rows >= work.num_prefill)
-        return next(fitting, None)
+        for graph in self._graphs:
+            layout = graph.layout
+            if layout.num_decode >= num_decode and layout.num_rows >= num_prefill:
+                return graph
+        return None
 
     def capture(self, step_tokens: int) -> None:
         """Compile every kernel and capture all buckets up to `step_tokens` rows."""
-        sizes, pool = [MIN_ROWS], None
+        sizes = [MIN_ROWS]
         while sizes[-1] < step_tokens:
             sizes.append(min(2 * sizes[-1], step_tokens))
-        for num_rows in reversed(sizes):
-            layout = Layout.of(num_rows, self.ops, self.model)
+        pool = None
+        for num_decode, num_rows in sorted(product((0, MAX_DECODE), sizes), reverse=True):
+            layout = Layout.of(num_decode, num_rows, self.ops, self.model)
             flat = torch.zeros(layout.offsets[-1], dtype=torch.int32, device=self.kv.device)
-            parts = flat.split(
-                [b - a for a, b in zip(layout.offsets, layout.offsets[1:], strict=False)]
-            )
-            for part, value in ((1, self.idle_slot), (2, -1), (6, self.idle_slot)):
-                parts[part].fill_(value)
+            flat.copy_(torch.from_numpy(layout.fill(MixedWork.nothing(), [], self.idle_slot)))
             self.compute(layout, flat)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

@@ -72,7 +72,8 @@ def collect_computed(ticket: Computed) -> list[Sampled]:
 @define
 class ModelRunner:
     """Owns the KV pool [layers, 2, blocks, kv_heads, block_tokens, dim]. Only the step thread calls
-    `launch`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0, so must be finite.
+    `launch`. Memory is zeroed: masked keys of unwritten slots are multiplied by 0, so they must be
+    finite.
     """
 
     model: Model

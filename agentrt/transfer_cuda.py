@@ -29,11 +29,11 @@ class CudaCopier:
 
     @classmethod
     def over(cls, pool: Tensor) -> CudaCopier:
-        return cls(pool, torch.cuda.Stream(pool.device))
+        return cls(pool, torch.cuda.Stream(pool.device))  # type: ignore[no-untyped-call]
 
     def begin(self) -> torch.cuda.Event:
         """Mark what must be done before a job: called by the step thread when it hands one over."""
-        event = torch.cuda.Event()
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.pool.device))
         return event
 

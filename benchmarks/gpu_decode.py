@@ -107,10 +107,8 @@ async def measure(folder: str, shape: dict[str, Any], given: dict[str, Any]) -> 
             took = await decode_ms(engine, rng, batch, context)
             share = step_bytes(shape, batch, context) / (took / 1e3) / bandwidth
             result["decode_ms"][f"bs{batch}_ctx{context}"] = [round(took, 4), round(share, 3)]
-            print(
-                f"decode {batch} x {context}: {took:.3f} ms, {share:.0%} of {bandwidth / 1e12:.2f} TB/s",
-                flush=True,
-            )
+            of = f"{share:.0%} of {bandwidth / 1e12:.2f} TB/s"
+            print(f"decode {batch} x {context}: {took:.3f} ms, {of}", flush=True)
         result["ttft_ms"] = await first_tokens(engine, rng)
         result["stats"] = {"kernels": engine.stats().kernels, "steps": engine.stats().steps}
     return result

@@ -1,8 +1,8 @@
 """Paged attention of decode rows: head norm, rotary embedding, append, and split softmax in one.
 
-A row's context is cut into splits at absolute positions: of SPLIT_TOKENS tokens, doubled until there
-are no more than MAX_SPLITS of them, so that merging stays short. A program takes an
-even share of all (row, kv head, split) items, consecutive ones, and streams through their keys and
+A row's context is cut into splits at absolute positions: of SPLIT_TOKENS tokens, doubled until
+there are no more than MAX_SPLITS of them, so that merging stays short. A program takes an even
+share of all (row, kv head, split) items, consecutive ones, and streams through their keys and
 values; it turns the queries itself, and who has a row's last split also turns its key and writes
 key and value to the cache. The last split of a row and kv head to
 arrive adds all of them in a fixed order (Flash-Decoding's merge), so that a row's bits depend on
@@ -103,7 +103,7 @@ def decode_attention_stage(
     tables,  # [slots, TABLE]
     slots,  # [batch]
     positions,  # [batch], of the row's own token
-    starts,  # [batch + 1]: row i has the splits starts[i] .. starts[i + 1]; a row without any is idle
+    starts,  # [batch + 1]: row i has the splits starts[i] .. starts[i + 1]; without any it is idle
     cos,  # [context, D / 2]
     sin,
     query_norm,  # [D], if NORM

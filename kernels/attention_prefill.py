@@ -15,6 +15,7 @@ from torch import Tensor
 from agentrt.kernels.attention_decode import load_tile
 from agentrt.kernels.dependent import dot
 
+LARGEST_TILE = 128  # keys
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -54,7 +55,7 @@ def _step(
     return peak, weight_sum, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix", "num_rows_all"])
 def prefill_attention_kernel(
     qkv,  # [rows, (heads + 2 * kv_heads) * D], queries turned
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
@@ -62,6 +63,10 @@ def prefill_attention_kernel(
     out,  # [rows, heads * D]
     tables,  # [slots, TABLE]
     tiles,  # [programs, 4]: first row, its position, number of rows (0: nothing to do), slot
+    prefix_out,  # [kv_heads, rows * group, D], if PREFIX: attention to the first `prefix` tokens
+    prefix_lse,  # [kv_heads, rows * group], its log-sum-exp
+    prefix,  # a multiple of TILE
+    num_rows_all,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -72,6 +77,7 @@ def prefill_attention_kernel(
     M: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFIX: tl.constexpr,
 ):
     G: tl.constexpr = HEADS // KV_HEADS
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
@@ -101,7 +107,14 @@ def prefill_attention_kernel(
     largest = tl.full([M], float("-inf"), tl.float32)
     weight_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    for start in tl.range(0, whole, TILE, num_stages=STAGES):
+    if PREFIX:
+        cell = (kv_head * num_rows_all + first_row + token).to(tl.int64) * G + group
+        largest = tl.load(prefix_lse + cell, mask=alive, other=0.0) * _LOG2_E
+        weight_sum += 1.0
+        acc = tl.load(
+            prefix_out + cell[:, None] * D + columns[None, :], mask=alive[:, None], other=0.0
+        ).to(tl.float32)
+    for start in tl.range(prefix, whole, TILE, num_stages=STAGES):
         largest, weight_sum, acc = _step(
             query,
             key_cache,
@@ -166,7 +179,7 @@ class PrefillTiles:
         padded = triton.next_power_of_2(group)
         short = num_tokens * padded * kv_heads < 128 * 132
         if dim <= 64:
-            return cls(64 if short else 128, 128, 3, 4)
+            return cls(64, 128, 3, 4) if short else cls(128, 64, 3, 8)
         return cls(64, 64, 3, 4) if short else cls(256, 64, 3, 8)
 
 
@@ -183,6 +196,15 @@ def plan_tiles(
     return sorted(tiles, key=lambda tile: -tile[1])
 
 
+@frozen
+class Prefix:
+    """Attention of every row to the first `num_tokens` tokens of one context, done already."""
+
+    out: Tensor  # [kv_heads, rows * group, dim]
+    lse: Tensor  # [kv_heads, rows * group], float32
+    num_tokens: int
+
+
 def prefill_attention(
     qkv: Tensor,
     kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
@@ -190,6 +212,7 @@ def prefill_attention(
     tables: Tensor,
     tiles: Tensor,  # [programs, 4], int32
     shape: PrefillTiles,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """Attention of the chunks that `tiles` describes; their keys are in the cache already."""
     _, _, kv_heads, block_tokens, dim = kv.shape
@@ -201,6 +224,10 @@ def prefill_attention(
         out,
         tables,
         tiles,
+        out if prefix is None else prefix.out,
+        tables if prefix is None else prefix.lse,
+        0 if prefix is None else prefix.num_tokens,
+        qkv.shape[0],
         dim**-0.5,
         heads,
         kv_heads,
@@ -211,6 +238,7 @@ def prefill_attention(
         shape.rows,
         shape.keys,
         shape.num_stages,
+        prefix is not None,
         num_warps=shape.num_warps,
     )
     return out

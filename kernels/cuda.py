@@ -23,7 +23,8 @@ from agentrt.kernels.attention_decode import (
     decode_attention,
     num_splits,
 )
-from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles, prefill_attention
+from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, plan_tiles, prefill_attention
+from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.gemv import ADD, GATE_UP, gemv
 from agentrt.kernels.rotary import append_heads
 from agentrt.kernels.rows import embed, rms_norm, silu_mul
@@ -275,6 +276,7 @@ class Attention:
     num_programs: int
     work: DecodeWork
     pdl: bool
+    prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
 
     def attend(
         self,
@@ -305,8 +307,19 @@ class Attention:
             assert self.tile_shape is not None
             slots, positions = rows.slots[num:], rows.positions[num:]
             append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
-            prefill_attention(qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape)
+            prefix = self._prefix(qkv[num:], kv, geometry)
+            prefill_attention(
+                qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape, prefix
+            )
         return out
+
+    def _prefix(self, qkv: Tensor, kv: Tensor, geometry: Geometry) -> Prefix | None:
+        if self.prefix_blocks is None:
+            return None
+        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)[:, : geometry.num_heads]
+        shape = (len(qkv), geometry.num_kv_heads, -1, geometry.head_dim)
+        grouped = heads.reshape(shape)
+        return attend_prefix(grouped, kv, self.prefix_blocks)
 
 
 @frozen
@@ -347,11 +360,14 @@ class CudaStep:
 
 @frozen
 class CudaOps:
-    """See `agentrt.kernels.Ops`. `pdl`: dependent launches; `gemv`: rows alone take that path."""
+    """See `agentrt.kernels.Ops`. `one_way`: a row alone is multiplied as several are, so that its
+    bits stay the same (11 % slower at batch 1, 1B shape). `cudnn`: see `attention_prefix`. `pdl`:
+    see `dependent`."""
 
     device: torch.device
     fp8: bool = False
-    gemv: bool = True
+    one_way: bool = False
+    cudnn: bool = False
     pdl: bool = True
     name: str = field(init=False, default="triton")
 
@@ -360,8 +376,8 @@ class CudaOps:
         group = num_heads // num_kv_heads
         if head_dim not in HEAD_DIMS or group > MAX_GROUP or hidden_size % 16:
             raise ConfigError(
-                f"the Triton kernels serve head_dim in {HEAD_DIMS}, at most {MAX_GROUP} query heads "
-                f"a kv head and hidden_size a multiple of 16, not {head_dim}, {group} and "
+                f"the Triton kernels serve head_dim in {HEAD_DIMS}, at most {MAX_GROUP} query "
+                f"heads a kv head and hidden_size a multiple of 16, not {head_dim}, {group} and "
                 f"{hidden_size}: use dtype='float32', which runs on plain torch"
             )
 
@@ -378,7 +394,7 @@ class CudaOps:
 
     def products(self, num_rows: int, eps: float, scratch: Scratch) -> Products:
         """How `num_rows` rows are multiplied."""
-        if num_rows == 1 and self.gemv:
+        if num_rows == 1 and not self.one_way:
             return GemvProducts(eps, self.pdl)
         if num_rows <= MAX_ROWS:
             return SkinnyProducts(eps, scratch.skinny, self.pdl)
@@ -434,8 +450,10 @@ class CudaOps:
         geometry: Geometry,
         scratch: Scratch,
         outputs: Tensor,
+        prefix_blocks: Tensor | None = None,
     ) -> CudaStep:
-        """A step of decode rows and chunks whose tables are on the device."""
+        """A step of decode rows and chunks whose tables are on the device. `prefix_blocks` are
+        the full blocks before the only chunk, if cuDNN is to attend to them."""
         attention = Attention(
             rows=rows,
             num_decode=starts.shape[0] - 1,
@@ -445,6 +463,7 @@ class CudaOps:
             num_programs=self.num_programs(),
             work=scratch.decode,
             pdl=False,
+            prefix_blocks=prefix_blocks,
         )
         products = self.products(rows.token_ids.shape[0], geometry.norm_eps, scratch)
         return CudaStep(rows, kv, geometry, products, attention, outputs)

@@ -59,6 +59,7 @@ def choose_compute(
     deterministic: bool,
     is_quantised: bool,
     cache_dir: Path,
+    long_prefill: str = "triton",
 ) -> Compute:
     """Resolve the "auto" settings on this machine. `cache_dir` keeps what is compiled for it.
 
@@ -66,7 +67,7 @@ def choose_compute(
     already (`is_quantised`), where no dtype was asked for. Raises ConfigError, naming the setting.
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return _choose_cuda(dtype, weights, deterministic)
+        return _choose_cuda(dtype, weights, deterministic, long_prefill)
     if weights in ("int4", "fp8"):
         raise ConfigError(f"weights={weights!r} is not available on the CPU: use 'int8' or 'auto'")
     if weights == "int8" and dtype == "bfloat16":
@@ -120,23 +121,27 @@ def _on_torch(kind: LinearKind, dtype: torch.dtype, note: str = "") -> Compute:
     )
 
 
-def _choose_cuda(dtype: str, weights: str, deterministic: bool) -> Compute:
+def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: str) -> Compute:
     if not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
     if weights not in ("auto", "fp8"):
         raise ConfigError(f"weights={weights!r} is not available on CUDA: use 'auto' or 'fp8'")
+    if deterministic:
+        raise ConfigError(
+            "deterministic=True is not available on CUDA: cuBLAS picks the order of its sums by "
+            "the number of rows"
+        )
     device = torch.device("cuda", torch.cuda.current_device())
     if dtype == "float32":
-        if weights != "auto" or deterministic:
+        if weights != "auto":
             raise ConfigError(
-                "dtype='float32' on CUDA runs on plain torch: leave weights at 'auto' and "
-                "deterministic at False, or use dtype='bfloat16'"
+                "dtype='float32' on CUDA runs on plain torch: leave weights at 'auto'"
             )
-        return Compute(
-            device=device, dtype=torch.float32, ops=ReferenceOps(device), weights="float32"
-        )
+        ops = ReferenceOps(device)
+        return Compute(device=device, dtype=torch.float32, ops=ops, weights="float32")
     from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
 
-    ops = CudaOps(device, fp8=weights == "fp8", gemv=not deterministic)
-    name = "fp8" if weights == "fp8" else "bfloat16"
-    return Compute(device=device, dtype=torch.bfloat16, ops=ops, weights=name)
+    is_fp8 = weights == "fp8"
+    triton_ops = CudaOps(device, fp8=is_fp8, cudnn=long_prefill == "cudnn")
+    name = "fp8" if is_fp8 else "bfloat16"
+    return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name)

@@ -23,9 +23,9 @@ from agentrt.engine_parts import EngineParts, build_loop
 from agentrt.loop import poster
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
-from agentrt.request import Request
+from agentrt.request import PENDING, Request
 from agentrt.runner import Computed, collect_computed
-from agentrt.sampler import Sampled
+from agentrt.sampler import Sampled, is_plain
 from agentrt.scheduler import Plan, Work
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import Tokenizer, load_tokenizer
@@ -115,6 +115,7 @@ class FakeRunner:
     step_tokens: int | None = None
     fail_at_step: int | None = None
     script: Callable[[Request], int | None] = lambda _: None
+    ahead: bool = False  # tokens come a step later, and until then only the device knows them
     before_step: Callable[[], None] = lambda: None
     gate: Gate = field(factory=Gate)
     num_steps: int = field(default=0, init=False)
@@ -122,6 +123,7 @@ class FakeRunner:
     rows: list[int] = field(factory=list, init=False)
     closed: bool = field(default=False, init=False)
     _memory: np.ndarray = field(init=False)
+    _sampled: dict[str, int] = field(factory=dict, init=False)  # by request, its newest token
 
     @_memory.default
     def _empty(self) -> np.ndarray:
@@ -140,7 +142,9 @@ class FakeRunner:
         logits = np.zeros((len(sampling), self.vocab_size), dtype=np.float32)
         for row, work in zip(logits, sampling, strict=True):
             row[:] = self._logits(work)
-        return Computed(sampling, torch.from_numpy(logits))
+            self._sampled[work.request.id] = int(row.argmax())
+        runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
+        return Computed(sampling, torch.from_numpy(logits), runs_ahead)
 
     def collect(self, ticket: Computed) -> list[Sampled]:
         return collect_computed(ticket)
@@ -162,13 +166,18 @@ class FakeRunner:
         for position in range(work.start, work.start + work.num_tokens):
             block, inside = divmod(position, self.block_tokens)
             place = work.request.lease.block_ids[block]
-            self._memory[:, :, place, :, inside] = work.request.tokens[position]
+            self._memory[:, :, place, :, inside] = self._token(work.request, position)
+
+    def _token(self, request: Request, position: int) -> int:
+        token = int(request.tokens[position])
+        return self._sampled[request.id] if token == PENDING else token
 
     def _logits(self, work: Work) -> np.ndarray:
         end = work.start + work.num_tokens
+        expected = [self._token(work.request, position) for position in range(end)]
         for plane in self._memory[0, :, work.request.lease.block_ids, 0, :, 0].swapaxes(0, 1):
             read = plane.reshape(-1)[:end]
-            assert np.array_equal(read, work.request.tokens[:end]), work.request.id
+            assert np.array_equal(read, expected), f"wrong KV below {work.request.id}"
         scripted = self.script(work.request)
         if scripted is None:
             return logits_after(read, self.vocab_size)
@@ -207,6 +216,7 @@ class FakeEngine(Engine):
         template: ChatTemplate | None = None,
         checked: bool = True,
         vocab_size: int | None = None,
+        ahead: bool = False,
         **config: object,
     ) -> None:
         super().__init__(
@@ -222,7 +232,7 @@ class FakeEngine(Engine):
         self.spec = fake_spec(vocab_size, context)
         eos = self.spec.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
         self.chat = Chat(tokenizer, template, vocab_size, eos)
-        self.runner = FakeRunner(num_blocks, vocab_size=vocab_size)
+        self.runner = FakeRunner(num_blocks, vocab_size=vocab_size, ahead=ahead)
         self._checked = checked
 
     @property

@@ -10,6 +10,12 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")
+# The interpreter computes with numpy, which warns where a GPU gives infinity (exp of 100), and it
+# takes loop bounds from arrays of one number, which numpy will forbid.
+interpreted = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 from attrs import frozen
-from gpu import DEVICE, relative_error
+from gpu import DEVICE, interpreted, relative_error
 
 from agentrt.kernels import Geometry, Segment
 from agentrt.kernels.attention_decode import (
@@ -14,7 +14,12 @@ from agentrt.kernels.attention_decode import (
     num_splits,
     split_tokens,
 )
-from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles, prefill_attention
+from agentrt.kernels.attention_prefill import (
+    PrefillTiles,
+    plan_tiles,
+    prefill_attention,
+)
+from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.reference import attend_segment
 from agentrt.kernels.rotary import append_heads
 
@@ -23,8 +28,7 @@ CONTEXT = 1024
 NUM_BLOCKS = 220
 TOLERANCE = 1e-2  # bf16: the weights of softmax are rounded too
 HEADS = [(6, 2, 16, False), (8, 2, 32, True), (4, 4, 16, False), (9, 3, 64, False)]
-# The interpreter computes with numpy, which warns where a GPU gives infinity.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = interpreted
 
 
 @frozen
@@ -178,3 +182,24 @@ def test_tiles_cover_every_row_once() -> None:
     rows = sorted(row + i for row, _, number, _ in tiles for i in range(number))
     assert rows == list(range(75))
     assert max(number for _, _, number, _ in tiles) * triton.next_power_of_2(3) <= 64
+
+
+def test_prefill_continues_from_a_prefix_that_is_done() -> None:
+    """The first 64 tokens' attention by cuDNN (on a CPU: torch's flash kernel), then the rest."""
+    case = make(8, 2, 32, False)
+    heads, kv_heads, dim = 8, 2, 32
+    ids = case.place(1, 0, 100)
+    qkv = torch.randn(20, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    positions = torch.arange(80, 100, dtype=torch.int32, device=DEVICE)
+    slots = torch.ones(20, dtype=torch.int32, device=DEVICE)
+    append_heads(qkv, case.kv, case.tables, slots, positions, case.geometry, None)
+    query = qkv.view(20, -1, dim)[:, :heads]
+    expected = attend_segment(query, case.kv, Segment(0, 20, 80, ids)).flatten(1)
+    blocks = torch.tensor(ids[:4], dtype=torch.int32, device=DEVICE)
+    prefix = attend_prefix(query.reshape(20, kv_heads, -1, dim), case.kv, blocks)
+    assert prefix.num_tokens == 64
+    shape = PrefillTiles(64, 32, 2, 4)
+    tiles = torch.tensor(plan_tiles([(0, 80, 20, 1)], 4, 64), dtype=torch.int32, device=DEVICE)
+    out = qkv.new_full((20, heads * dim), float("nan"))
+    prefill_attention(qkv, case.kv, out, case.tables, tiles, shape, prefix)
+    assert relative_error(out, expected) < TOLERANCE

@@ -54,6 +54,7 @@ def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
         deterministic=config.deterministic,
         is_quantised=is_quantised,
         cache_dir=config.cache_dir,
+        long_prefill=config.long_prefill,
     )
 
 

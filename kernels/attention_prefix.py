@@ -1,0 +1,76 @@
+"""Attention of a long chunk to the long context before it, by cuDNN on gathered keys and values.
+
+On an H100, 2,048 rows after 14,336 tokens took 1.21 ms with the Triton kernel (dim 128, 32 heads)
+and 0.81 with cuDNN, which reads no block tables: so the whole blocks before the chunk are copied
+together first. cuDNN sees the group's query heads as further rows of one head, and no mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from agentrt.kernels.attention_prefill import Prefix
+
+# Of one layer: with less work than this the copies and launches cost more than they save.
+MIN_FLOPS = 1e11
+MIN_ROWS = 512
+
+
+@triton.jit
+def gather_kernel(
+    cache,  # [2, blocks, kv_heads, block_tokens, D] of one layer
+    table,  # [number of blocks]
+    out,  # [2, kv_heads, tokens, D]
+    num_blocks,  # in the cache
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,  # block_tokens * D
+):
+    index, head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = tl.load(table + index).to(tl.int64)
+    source = ((which * num_blocks + block) * KV_HEADS + head) * BLOCK
+    target = ((which * KV_HEADS + head).to(tl.int64) * tl.num_programs(0) + index) * BLOCK
+    numbers = tl.arange(0, BLOCK)
+    tl.store(out + target + numbers, tl.load(cache + source + numbers))
+
+
+def gather(kv: Tensor, table: Tensor) -> Tensor:
+    """Keys and values [2, kv_heads, tokens, dim] of the blocks in `table`."""
+    _, num_blocks, kv_heads, block_tokens, dim = kv.shape
+    out = kv.new_empty(2, kv_heads, len(table) * block_tokens, dim)
+    gather_kernel[(len(table), kv_heads, 2)](
+        kv, table, out, num_blocks, kv_heads, block_tokens * dim, num_warps=4
+    )
+    return out
+
+
+def is_worth_it(num_heads: int, dim: int, num_rows: int, num_tokens: int) -> bool:
+    """Whether a chunk of `num_rows` rows after `num_tokens` tokens should take this way."""
+    return num_rows >= MIN_ROWS and 4.0 * num_heads * dim * num_rows * num_tokens >= MIN_FLOPS
+
+
+def attend_prefix(
+    query: Tensor,  # [rows, kv_heads, group, dim]
+    kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
+    table: Tensor,  # the blocks before the chunk, all full
+) -> Prefix:
+    """Attention of all rows to all tokens of the blocks."""
+    rows, kv_heads, group, dim = query.shape
+    key, value = gather(kv, table)
+    packed = query.transpose(0, 1).reshape(1, kv_heads, rows * group, dim)
+    out, lse = _attend(packed, key[None], value[None])
+    return Prefix(out[0].contiguous(), lse.reshape(kv_heads, -1).contiguous(), key.shape[1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and its log-sum-exp. On a CPU (tests) by torch's flash kernel."""
+    aten, scale = torch.ops.aten, query.shape[-1] ** -0.5
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        return out, lse
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, False, False, scale=scale
+    )
+    return out, lse

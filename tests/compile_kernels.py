@@ -1,0 +1,102 @@
+"""Compiles the kernels for sm_90 and prints what came out, as JSON: run by test_compile_gate."""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from agentrt.kernels.attention_decode import decode_attention_kernel
+from agentrt.kernels.attention_prefill import PrefillTiles, prefill_attention_kernel
+from agentrt.kernels.gemv import ADD, GATE_UP, STORE, GemvTiles, gemv_kernel
+from agentrt.kernels.skinny import SkinnyTiles, num_tiles, skinny_kernel
+
+DUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+POINTERS = {
+    "*bf16": "weight bias norm x out next_norm next_scaled qkv key_cache value_cache query_norm "
+    "key_norm prefix_out",
+    "*fp32": "scales squares next_squares partial cos sin peaks prefix_lse",
+    "*i32": "counters tables slots positions starts tiles",
+    "fp32": "eps scale",
+    "i32": "batch prefix num_rows_all",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+PRODUCTS = (
+    ("store", 6144, 4096, STORE),
+    ("add", 4096, 14336, ADD),
+    ("gate_up", 8192, 2048, GATE_UP),
+)
+
+
+def compiled(kernel, constants, **options):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [DUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    return {
+        "stack": int(stack),
+        "local": int(local),
+        "shared": made.metadata.shared,
+        "ptx": made.asm["ptx"],
+    }
+
+
+def products(name, rows, columns, kind):
+    """One matrix for one row, and for each padded batch."""
+    shared = {"N": rows, "K": columns, "KIND": kind, "NORM": kind != ADD}
+    shared |= {"SCALED": False, "BIAS": False, "PDL": True}
+    gemv = GemvTiles.choose(rows, columns, kind)
+    constants = {**shared, "R": gemv.rows, "BK": gemv.columns}
+    yield (
+        f"gemv_{name}",
+        compiled(gemv_kernel, constants, num_warps=gemv.num_warps, launch_pdl=True),
+    )
+    skinny = SkinnyTiles.choose(num_tiles(rows, kind), columns)
+    shared |= {"SPLITS": skinny.splits, "BK": skinny.columns, "PREFETCH": skinny.prefetch}
+    shared |= {"PARTS": 64, "NEXT": kind == ADD}
+    for batch in (16, 32, 64):
+        stages = min(skinny.num_stages, 3) if batch == 64 else skinny.num_stages
+        constants = {**shared, "BP": batch, "STAGES": stages}
+        made = compiled(skinny_kernel, constants, num_warps=4, launch_pdl=True)
+        yield f"skinny_{name}_{batch}", made
+
+
+def attention(dim):
+    shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
+    tile = {"TILE": 128 if dim == 64 else 64, "STAGES": 3}
+    constants = {**shared, **tile, "BP": 64, "NORM": False, "PDL": True}
+    made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
+    yield f"decode_{dim}", made
+    for length in (200, 2048):
+        shape = PrefillTiles.choose(dim, length, 8, 4)
+        tile = {"M": shape.rows, "TILE": shape.keys, "STAGES": shape.num_stages, "PREFIX": False}
+        made = compiled(prefill_attention_kernel, shared | tile, num_warps=shape.num_warps)
+        yield f"prefill_{dim}_{length}", made
+
+
+def main():
+    found = {}
+    for product in PRODUCTS:
+        found |= products(*product)
+    for dim in (64, 128):
+        found |= attention(dim)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

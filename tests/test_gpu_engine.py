@@ -1,0 +1,96 @@
+"""A whole engine on a GPU: graphs against plain launches, and greedy tokens against float32."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import DEVICE, needs_gpu, relative_error
+
+from agentrt import Engine, EngineConfig, GenerateOptions
+from agentrt.kernels import Segment
+from agentrt.models.load import load_model
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 2048,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+PROMPTS = [[(7 * i + i * i // 5 + 3 * k) % 2048 for i in range(20 + 37 * k)] for k in range(20)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("shape")
+    (path / "config.json").write_text(json.dumps(SHAPE))
+    return path
+
+
+def config(**changes: object) -> EngineConfig:
+    base = {"device": "cuda", "random_weights": True, "max_batch": 16, "device_kv_bytes": 1 << 29}
+    return EngineConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+def float32_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """Of plain torch, with the weights that the bf16 engine draws."""
+    narrow = load_model(folder, config(dtype="bfloat16")).model
+    wide = load_model(folder, config(dtype="float32")).model
+    with torch.inference_mode():
+        wide.embedding.copy_(narrow.embedding)
+        wide.head.weight.copy_(narrow.head.weight)
+        for to, source in zip(wide.layers, narrow.layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                getattr(to, name).weight.copy_(getattr(source, name).weight)
+        spec, blocks = wide.spec, tuple(range(len(tokens) // 16 + 1))
+        shape = (spec.num_layers, 2, len(blocks), spec.num_kv_heads, 16, spec.head_dim)
+        kv, ids = torch.zeros(shape, device=DEVICE), torch.tensor(tokens, device=DEVICE)
+        rows = torch.arange(len(tokens), device=DEVICE)
+        return wide.forward(ids, rows, (Segment(0, len(tokens), 0, blocks),), kv, rows)
+
+
+async def test_greedy_tokens_are_the_largest_of_float32_or_near(folder: Path) -> None:
+    options = GenerateOptions(max_tokens=24, ignore_eos=True)
+    async with Engine(folder, config()) as engine:
+        done = await asyncio.gather(*(engine.generate(prompt, options) for prompt in PROMPTS))
+        await engine.check()
+        assert engine.stats().kernels == "triton"
+    for prompt, one in zip(PROMPTS[::6], done[::6], strict=True):
+        logits = float32_logits(folder, [*prompt, *one.token_ids])[len(prompt) - 1 : -1]
+        got = logits.gather(1, torch.tensor(one.token_ids, device=DEVICE)[:, None])[:, 0]
+        assert (logits.max(-1).values - got).max() < 0.1 * logits.std()
+
+
+async def test_draws_are_repeatable_whatever_is_beside_them(folder: Path) -> None:
+    options = GenerateOptions(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
+    plain = GenerateOptions(max_tokens=12, ignore_eos=True)
+    async with Engine(folder, config()) as engine:
+        alone = await engine.generate(PROMPTS[2], options)
+        both = await asyncio.gather(
+            engine.generate(PROMPTS[2], options), *(engine.generate(p, plain) for p in PROMPTS[4:8])
+        )
+    assert alone.token_ids == both[0].token_ids
+
+
+@pytest.mark.parametrize("long_prefill", ["triton", "cudnn"])
+async def test_long_prompts_equal_float32(folder: Path, long_prefill: str) -> None:
+    prompt = [(11 * i + i * i // 7) % 2048 for i in range(16000)]
+    options = GenerateOptions(max_tokens=1, ignore_eos=True, top_logprobs=20)
+    async with Engine(folder, config(long_prefill=long_prefill, step_tokens=4096)) as engine:
+        done = await engine.generate(prompt, options)
+    assert done.logprobs is not None
+    top = done.logprobs[0].top
+    expected = float32_logits(folder, prompt)[-1].log_softmax(-1)
+    ids = [token for token, _ in top]
+    values = torch.tensor([value for _, value in top], device=DEVICE)
+    assert relative_error(values, expected[ids]) < 0.02
