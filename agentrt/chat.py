@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from attrs import define, evolve, field
 
 from agentrt.errors import RequestInvalid
 from agentrt.token_log import guard
-from agentrt.tool_prompt import render_tool_section
+from agentrt.tool_prompt import render_result, render_tool_section
 from agentrt.types import Message
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Chat:
             raise RequestInvalid("this model has no chat template: use generate with token ids")
         native = HERMES_MARK in self.template.source
         if tools and not native:
-            messages = _with_tool_section(messages, render_tool_section(tools))
+            messages = _with_tool_section(_with_plain_results(messages), render_tool_section(tools))
         special = self.tokenizer.special_tokens
         guarded = [evolve(message, content=guard(message.content, special)) for message in messages]
         schemas = tools.schemas() if tools and native else None
@@ -104,3 +105,16 @@ def _with_tool_section(messages: Sequence[Message], section: str) -> list[Messag
         system = evolve(messages[0], content=f"{messages[0].content}\n\n{section}")
         return [system, *messages[1:]]
     return [Message(role="system", content=section), *messages]
+
+
+def _with_plain_results(messages: Sequence[Message]) -> list[Message]:
+    """The results of a step as one message of the user: a template without tools may refuse any
+    other role, or the same one twice in a row."""
+    plain: list[Message] = []
+    for is_result, group in itertools.groupby(messages, key=lambda message: message.role == "tool"):
+        if is_result:
+            content = "\n".join(render_result(message.content) for message in group)
+            plain.append(Message(role="user", content=content))
+        else:
+            plain.extend(group)
+    return plain

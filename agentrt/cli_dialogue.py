@@ -13,11 +13,11 @@ import os
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from agentrt.cli_engine import add_command, open_engine
 from agentrt.errors import ConfigError
-from agentrt.types import GenerateOptions, TextDelta, ToolCallArguments, ToolResult
+from agentrt.types import GenerateOptions, TextDelta, ToolCallArguments, ToolChoice, ToolResult
 
 if TYPE_CHECKING:
     from agentrt.cli_engine import Commands
@@ -56,9 +56,10 @@ def _add_dialogue_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--tool-choice",
-        choices=("auto", "required"),
+        choices=get_args(ToolChoice),
         default="auto",
-        help="required: every turn begins with a call (%(default)s)",
+        help="required: every turn begins with a call; once: it is one call, then an answer "
+        "(%(default)s)",
     )
 
 

@@ -205,7 +205,8 @@ class Engine:
                 ids, keep_tokens=keep_tokens, namespace=self.config.namespace
             )
 
-        dropped = await asyncio.wrap_future(self._open.loop.call(drop))
+        # What a turn has just left may still be on its way into the tiers.
+        dropped = await asyncio.wrap_future(self._open.loop.call_after_transfers(drop))
         if erase and scheduler.mover is not None:
             await anyio.to_thread.run_sync(scheduler.mover.tiers.wait_until_erased)
         return dropped

@@ -18,11 +18,12 @@ from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.engine_tiers import LRU, OpenTiers, fingerprint_of, open_tiers
 from agentrt.errors import EngineClosed, ModelNotFound
-from agentrt.loop import Loop, Sink, poster
+from agentrt.loop import Loop
 from agentrt.metrics import Stats
 from agentrt.models.base import ModelSpec
 from agentrt.models.load import LoadedModel, load_model
 from agentrt.pauses import Pauses
+from agentrt.poster import Sink, poster
 from agentrt.registry import locate
 from agentrt.runner import ModelRunner, Runner
 from agentrt.scheduler import Scheduler

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from attrs import define, field, frozen
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.mover import Job, prefill_cost_tokens
+from agentrt.poster import Sink
 from agentrt.request import Request, State
 from agentrt.runner import Runner, Ticket
 from agentrt.sampler import Sampled
@@ -24,7 +24,6 @@ from agentrt.transfer import TransferThread
 from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
 
 T = TypeVar("T")
-Sink = Callable[[Any], None]
 
 
 @frozen
@@ -35,6 +34,15 @@ class Launched:
     begin_s: float
     num_rows: int
     prefill: list[tuple[int, int]]  # tokens [start, end) of each chunk
+
+
+@frozen
+class Deferred:
+    """A function that waits for transfers."""
+
+    jobs: set[Job]
+    future: Future[Any]
+    function: Callable[[], Any]
 
 
 @define(eq=False)
@@ -61,6 +69,7 @@ class Loop:
     _thread: threading.Thread | None = field(default=None, init=False)
     _is_idle: bool = field(default=True, init=False)  # nothing can run before a command comes
     _in_flight: Launched | None = field(default=None, init=False)
+    _deferred: list[Deferred] = field(factory=list, init=False)
     _collected_s: float = field(default=0.0, init=False)  # when the last step was collected
 
     def start(self) -> None:
@@ -93,15 +102,20 @@ class Loop:
         """Run a function on the step thread, between steps."""
         future: Future[T] = Future()
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as exc:
-                future.set_exception(exc)
+        self._command(lambda: _settle(future, function))
+        return future
 
-        self._command(run)
+    def call_after_transfers(self, function: Callable[[], T]) -> Future[T]:
+        """The same, once the transfers that are planned or under way now have ended."""
+        future: Future[T] = Future()
+        mover = self.scheduler.mover
+
+        def begin() -> None:
+            jobs = set() if mover is None else mover.jobs()
+            self._deferred.append(Deferred(jobs, future, function))
+            self._run_deferred()
+
+        self._command(begin)
         return future
 
     def close(self) -> None:
@@ -171,10 +185,19 @@ class Loop:
                 raise result
             assert self.scheduler.mover is not None
             self.scheduler.mover.finished(job, result, self.clock())
+            for deferred in self._deferred:
+                deferred.jobs.discard(job)
+            self._run_deferred()
 
         with self._lock:
             self._inbox.append(note)
             self._lock.notify()
+
+    def _run_deferred(self) -> None:
+        ready = [deferred for deferred in self._deferred if not deferred.jobs]
+        self._deferred = [deferred for deferred in self._deferred if deferred.jobs]
+        for deferred in ready:
+            _settle(deferred.future, deferred.function)
 
     def _end(self, cause: BaseException | None) -> None:
         """Fail whoever still waits: nobody is left hanging."""
@@ -198,6 +221,8 @@ class Loop:
             self._end_transfers()
         elif self.transfers is not None:
             self.transfers.close()
+        for deferred in self._deferred:  # after a failure: else all transfers have ended
+            deferred.future.set_exception(EngineFailed("the engine's step thread failed"))
         self.runner.close()
 
     def _end_transfers(self) -> None:
@@ -358,17 +383,11 @@ class Loop:
             self.post(events)
 
 
-def poster(event_loop: asyncio.AbstractEventLoop) -> Callable[[list[tuple[Sink, Any]]], None]:
-    """A `post` that wakes `event_loop` once for a whole step's events."""
-
-    def deliver(events: list[tuple[Sink, Any]]) -> None:
-        for sink, event in events:
-            sink(event)
-
-    def post(events: list[tuple[Sink, Any]]) -> None:
-        try:
-            event_loop.call_soon_threadsafe(deliver, events)
-        except RuntimeError:  # the event loop was closed under us: nobody is left to tell
-            return
-
-    return post
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Run a function for whoever waits for the future, if anyone still does."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as exc:
+        future.set_exception(exc)

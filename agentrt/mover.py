@@ -85,6 +85,10 @@ class Mover:
         self._in_flight.update(jobs)
         return jobs
 
+    def jobs(self) -> set[Job]:
+        """All that are planned or under way."""
+        return {*self._in_flight, *self._planned}
+
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight) + len(self._planned)

@@ -52,6 +52,16 @@ def render_call(call: ToolCall) -> str:
     return f"{OPEN_TAG}\n{body}\n{CLOSE_TAG}"
 
 
+def render_result(content: str) -> str:
+    """A tool's result as the model reads it, in a message of the user.
+
+    Measured on eight turns of an airline's agent: in these words, SmolLM2-135M told all eight
+    results to the customer. It told none of them where the message had the role "tool" or the
+    result stood alone: it wrote code, or calls of its own making.
+    """
+    return f"The tool says: {content}"
+
+
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 

@@ -203,8 +203,8 @@ class LowerTiers:
         chunk = self._index.deepest(token_ids)
         keys: list[bytes] = []
         while chunk.parent is not None and not chunk.children:
-            if chunk.end <= keep_tokens:
-                break
+            if chunk.end <= keep_tokens or chunk.num_pins > (chunk.key in self._writing):
+                break  # what another request moves right now is not this log's own
             parent = chunk.parent
             if erase and chunk.host is not None:
                 self._host.wipe(chunk.host.slot)

@@ -20,9 +20,9 @@ from agentrt.cache.keys import Fingerprint
 from agentrt.chat import Chat, NoText
 from agentrt.config import ResolvedConfig
 from agentrt.engine_parts import EngineParts, build_loop
-from agentrt.loop import poster
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
+from agentrt.poster import poster
 from agentrt.request import PENDING, Request
 from agentrt.runner import Computed, collect_computed
 from agentrt.sampler import Sampled, is_plain

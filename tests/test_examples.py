@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentrt.__main__ import main
+from agentrt.config import default_cache_dir
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -17,7 +18,14 @@ CHANGE = re.compile(r"  (\w+) (\w+): (.+) -> (.+)")
 
 
 @pytest.fixture
-def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """Runs an example, with nothing in its disk tier, and returns what it printed."""
+    models = default_cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "models").symlink_to(models)
+    monkeypatch.setenv("AGENTRT_CACHE_DIR", str(tmp_path))
     monkeypatch.syspath_prepend(str(EXAMPLES))  # as `python examples/...` does
 
     def run(name: str) -> str:
@@ -46,7 +54,9 @@ def test_the_readme_names_scripts_and_commands_that_exist(capsys):
         main(["--help"])
     assert end.value.code == 0
     listed = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
-    named = re.search(r"`python -m agentrt --help` lists the command line:\n(.*?)\.", README)
+    named = re.search(
+        r"`python -m agentrt --help` lists the command line:\s(.*?)\.", README, re.DOTALL
+    )
     assert named is not None
     assert set(re.findall(r"`(\w+)`", named[1])) == listed
 
@@ -54,7 +64,7 @@ def test_the_readme_names_scripts_and_commands_that_exist(capsys):
 # ---- the examples
 
 
-def test_quickstart_calls_its_tool_and_answers_from_the_result(run_example):
+def test_quickstart_calls_its_tool_and_answers_from_the_result(run_example: Callable[[str], str]):
     arguments, answer = run_example("quickstart.py").strip().split(" -> ", 1)
     assert arguments == "{'reservation_id': 'ZX12AB'}"
     assert "May 20" in answer

@@ -255,6 +255,24 @@ def test_required_and_parallel(compiler: GrammarCompiler, tokenizer: Tokenizer) 
     assert not takes(compiler.compile(single), tokenizer, TURN)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_answer"),
+    [
+        ("It is 3 km, a < b, <b>far</b>", True),
+        ("see <tool_cal", True),
+        ("", False),
+        (" indented", False),
+        ("<tool_call_2>", False),
+        ("<b>far</b>", False),
+        ("see <tool_call>", False),
+    ],
+)
+def test_what_is_an_answer_without_calls(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, text: str, is_answer: bool
+) -> None:
+    assert takes(compiler.compile(grammar.text_without_calls()), tokenizer, text) == is_answer
+
+
 def takes_arguments(
     compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], **arguments: Any
 ) -> bool:

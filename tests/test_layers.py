@@ -22,7 +22,7 @@ LAYERS = [
         *("tool_schema", "tools", "vocabulary", "vocabulary_fast", "vocabulary_sentencepiece"),
         "weights",
     },
-    {"explain", "mover", "output", "pauses", "request", "scheduler", "token_log"},
+    {"explain", "mover", "output", "pauses", "poster", "request", "scheduler", "token_log"},
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
         *("mixed_graph", "speculate", "transfer", "transfer_cuda"),

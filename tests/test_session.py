@@ -113,6 +113,22 @@ async def test_the_tool_loop(tokenizer, template):
         assert session.messages[2].tool_call_id == first.results[0].call.id
 
 
+async def test_a_template_without_tools_shows_a_steps_results_as_one_message_of_the_user(
+    tokenizer, template
+):
+    calls = [call_text("add", '{"a": 1, "b": 1}'), call_text("add", '{"a": 2, "b": 2}')]
+    texts = ["\n".join(calls), "ok"]
+    async with scripted(tokenizer, template, texts) as engine:
+        session = engine.session(tools=[add], options=PLENTY)
+        await session.run("go")
+        assert tokenizer.decode(session.token_ids).endswith(
+            "</tool_call><|im_end|>\n"
+            "<|im_start|>user\nThe tool says: 2\nThe tool says: 4<|im_end|>\n"
+            "<|im_start|>assistant\nok<|im_end|>"
+        )
+        assert session._log.rewrites == 0
+
+
 async def test_events_come_in_order(tokenizer, template):
     texts = ["Wait. " + call_text("add", '{"a": 1, "b": 1}'), "Two."]
     async with scripted(tokenizer, template, texts) as engine:

@@ -313,3 +313,14 @@ async def test_explain_tells_of_other_namespaces_and_models(tmp_path):
         async with engine:
             done = await engine.generate(tokens, SIX)
             assert (await engine.explain(done.request_id)).cause == cause
+
+
+async def test_forgetting_waits_for_what_is_on_its_way(tmp_path):
+    """Erased right after its turn, while its KV is being saved."""
+    async with FakeEngine(host_kv_bytes=64 * SLOT_BYTES, num_blocks=200) as engine:
+        for seed in range(40):
+            tokens = prompt(seed, 100)
+            done = await engine.generate(tokens, SIX)
+            await engine.forget([*tokens, *done.token_ids], erase=True)
+            assert engine.stats().lower.num_chunks == 0
+        await engine.check()

@@ -68,7 +68,7 @@ def make(heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int
     torch.manual_seed(0)
     frequencies = 1e4 ** (-torch.arange(0, dim, 2) / dim)
     angles = (torch.arange(CONTEXT)[:, None] * frequencies).to(DEVICE)
-    geometry = Geometry(heads, kv_heads, dim, EPS, angles.cos(), angles.sin())
+    geometry = Geometry(heads, kv_heads, dim, EPS, angles.cos(), angles.sin(), heads * dim)
     norms = None
     if with_norm:
         norms = tuple(torch.rand(2, dim).add(0.5).to(DEVICE, torch.bfloat16))
