@@ -39,7 +39,7 @@ CUSTOMERS = {
     "Aarav": [
         "Good morning. Please look up reservation M05KNL.",
         "I cannot fly. Please cancel reservation M05KNL.",
-        "Thank you. Please look up reservation M05KNL once more.",
+        "Thank you. Please get reservation M05KNL once more.",
     ],
 }
 LINE_CHARACTERS = 80
@@ -97,10 +97,11 @@ def show(customer: str, kind: str, text: str) -> None:
 
 def show_cost(engine: Engine, seconds: float) -> None:
     stats, turns = engine.stats(), sum(map(len, CUSTOMERS.values()))
-    share = stats.cached_tokens / stats.prompt_tokens
+    cached_tokens = stats.prompt_tokens - stats.computed_tokens  # in memory, or of earlier runs
+    share = cached_tokens / stats.prompt_tokens
     print(f"\nturns          {turns} in {seconds:.1f} s")
     print(f"prompt tokens  {stats.prompt_tokens:,}")
-    print(f"  from cache   {stats.cached_tokens:,} ({share:.1%})")
+    print(f"  from cache   {cached_tokens:,} ({share:.1%})")
     print(f"  computed     {stats.computed_tokens:,}")
     print(f"output tokens  {stats.output_tokens:,} ({stats.output_tokens / seconds:.1f} a second)")
 

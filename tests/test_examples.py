@@ -70,6 +70,7 @@ def test_quickstart_calls_its_tool_and_answers_from_the_result(run_example: Call
     assert "May 20" in answer
 
 
+@pytest.mark.timeout(300)  # 5 s on two cores with nothing else to do
 def test_airline_agents_serve_their_customers(run_example: Callable[[str], str]):
     dialogue, cost, changes = run_example("airline_agent.py").split("\n\n")
     customers = runpy.run_path(str(EXAMPLES / "airline_agent.py"))["CUSTOMERS"]
@@ -130,6 +131,6 @@ def check_cost(table: str, *, num_turns: int) -> None:
     }
     assert numbers["turns"] == num_turns
     assert numbers["prompt tokens"] == numbers["from cache"] + numbers["computed"]
-    # a prompt is over 500 tokens of tools and system message; each is computed once, not 22 times
-    assert numbers["computed"] < 0.15 * numbers["prompt tokens"]
+    # 22 prompts begin with the same 500 tokens of system message and tools: computed once
+    assert 500 < numbers["computed"] < 0.15 * numbers["prompt tokens"]
     assert numbers["output tokens"] > 20 * num_turns

@@ -9,7 +9,7 @@ import torch
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import native_build
-from agentrt.kernels.dispatch import choose_compute, has_fast_int8
+from agentrt.kernels.dispatch import choose_compute, has_avx512, has_fast_int8
 from agentrt.kernels.native import Native, NativeOps
 from agentrt.kernels.native_build import NativeUnavailable, find_compiler
 
@@ -19,10 +19,10 @@ def has_compiler() -> bool:
         find_compiler()
     except NativeUnavailable:
         return False
-    return torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    return has_avx512()
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C compiler, or no vectors")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C compiler, or no AVX-512")
 
 
 def fake_compiler(folder: Path, name: str, script: str) -> None:
@@ -75,7 +75,7 @@ def test_without_a_compiler_torch_serves_and_says_why(
     monkeypatch.setenv("PATH", str(tmp_path))
     compute = choose(tmp_path)
     assert compute.ops.name == "cpu-dense"
-    assert "install one of gcc" in compute.kernels or "vector" in compute.kernels
+    assert "install one of gcc" in compute.kernels or "AVX-512" in compute.kernels
     assert "native CPU kernels" in caplog.text
     with pytest.raises(ConfigError, match="deterministic=True needs the native CPU kernels"):
         choose(tmp_path, deterministic=True)
