@@ -1,6 +1,7 @@
 """Four agents serve four customers of a small airline at once, in one engine.
 
-The customers' messages are scripted, and plain, since the model is small. All that the agents say
+The customers' messages are scripted, plain, and chosen among others so that the small model's calls
+come out right: with other words it copies ids wrongly at times. All that the agents say
 and call is SmolLM2-135M-Instruct's, decoded greedily: a turn is one call, held to the tools'
 schemas, and one answer. Which tool it calls and with what is its choice, right or wrong. The tools
 change a SQLite database; what became of it is printed at the end.
