@@ -27,7 +27,7 @@ from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, plan_tiles, 
 from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.gemv import ADD, GATE_UP, gemv
 from agentrt.kernels.rotary import append_heads
-from agentrt.kernels.rows import embed, rms_norm, silu_mul
+from agentrt.kernels.rows import add_norm, embed, silu_mul
 from agentrt.kernels.sample import num_chunks
 from agentrt.kernels.skinny import (
     MAX_PROGRAMS,
@@ -134,12 +134,11 @@ class GemvProducts:
     pdl: bool
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Unnormed]:
-        hidden = table.new_empty(1, table.shape[1])
-        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden)
+        hidden = _embedded(rows, table)
         return hidden, Unnormed(hidden, norm)
 
     def linear(self, x: Unnormed, linear: CudaLinear) -> Tensor:
-        return self._normed(x, linear, x.values.new_empty(1, linear.weight.shape[0]))
+        return self._normed(x, linear, x.norm.new_empty(1, linear.weight.shape[0]))
 
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
@@ -148,12 +147,11 @@ class GemvProducts:
         return Unnormed(hidden, norm)
 
     def gate_up(self, x: Unnormed, linear: CudaLinear) -> Tensor:
-        out = x.values.new_empty(1, linear.weight.shape[0] // 2)
+        out = x.norm.new_empty(1, linear.weight.shape[0] // 2)
         return self._normed(x, linear, out, kind=GATE_UP)
 
     def logits(self, x: Unnormed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
-        out = x.values.new_empty(1, linear.weight.shape[0], dtype=torch.float32)
-        return self._normed(x, linear, out)
+        return self._normed(x, linear, x.values.new_empty(1, linear.weight.shape[0]))
 
     def _normed(self, x: Unnormed, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
         return gemv(
@@ -178,11 +176,8 @@ class SkinnyProducts:
     pdl: bool
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Normed]:
-        hidden = table.new_empty(rows.token_ids.shape[0], table.shape[1])
-        following = self._following(hidden, 1)
-        pair = (norm, following)
-        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden, pair)
-        return hidden, following
+        following = self._following(rows.token_ids.shape[0], norm, 1)
+        return _embedded(rows, table, (norm, following)), following
 
     def linear(self, x: Normed, linear: CudaLinear) -> Tensor:
         out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0])
@@ -191,7 +186,7 @@ class SkinnyProducts:
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
     ) -> Normed:
-        following = self._following(hidden, num_tiles(hidden.shape[1], ADD))
+        following = self._following(len(hidden), norm, num_tiles(hidden.shape[1], ADD))
         skinny(
             linear.weight,
             x,
@@ -213,9 +208,9 @@ class SkinnyProducts:
         logits = self._skinny(x, linear, x.values.new_empty(shape, dtype=torch.float32))
         return logits if outputs is None else logits[outputs]
 
-    def _following(self, hidden: Tensor, parts: int) -> Normed:
-        squares = hidden.new_empty(parts, MAX_ROWS, dtype=torch.float32)
-        return Normed(torch.empty_like(hidden), squares, self.eps)
+    def _following(self, num_rows: int, norm: Tensor, parts: int) -> Normed:
+        squares = norm.new_empty(parts, MAX_ROWS, dtype=torch.float32)
+        return Normed(norm.new_empty(num_rows, len(norm)), squares, self.eps)
 
     def _skinny(self, x: Normed, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
         return skinny(
@@ -237,9 +232,8 @@ class DenseProducts:
     eps: float
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = table.new_empty(rows.token_ids.shape[0], table.shape[1])
-        embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden)
-        return hidden, rms_norm(hidden, norm, self.eps)
+        hidden = _embedded(rows, table)
+        return hidden, add_norm(hidden, None, norm, self.eps)
 
     def linear(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return torch.nn.functional.linear(x, _widened(linear, x.dtype), linear.bias)
@@ -247,14 +241,20 @@ class DenseProducts:
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
     ) -> Tensor:
-        torch.addmm(hidden, x, _widened(linear, x.dtype).t(), out=hidden)
-        return rms_norm(hidden, norm, self.eps, outputs)
+        return add_norm(hidden, self.linear(x, linear), norm, self.eps, outputs)
 
     def gate_up(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return silu_mul(self.linear(x, linear))
 
     def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
         return self.linear(x, linear).float()
+
+
+def _embedded(rows: Rows, table: Tensor, following: tuple[Tensor, Normed] | None = None) -> Tensor:
+    """The residual stream: in float32, as rounding it twice a layer is most of bf16's error."""
+    shape = len(rows.token_ids), table.shape[1]
+    hidden = table.new_empty(shape, dtype=torch.float32)
+    return embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden, following)
 
 
 def _widened(linear: CudaLinear, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ def embed_kernel(
     last_tokens,  # [slots]
     table,  # [vocab, N]
     norm,  # [N], if NORM
-    out,  # [rows, N]
+    out,  # [rows, N], float32
     scaled,  # [rows, N]: out times the norm's weight
     squares,  # [MAX_BATCH]
     N: tl.constexpr,
@@ -30,13 +30,13 @@ def embed_kernel(
         token = tl.load(last_tokens + tl.load(slots + row)).to(tl.int64)
     columns = tl.arange(0, NP)
     there = columns < N
-    values = tl.load(table + token * N + columns, mask=there, other=0.0)
+    wide = tl.load(table + token * N + columns, mask=there, other=0.0).to(tl.float32)
     start = row.to(tl.int64) * N
-    tl.store(out + start + columns, values, mask=there)
+    tl.store(out + start + columns, wide, mask=there)
     if NORM:
-        wide = values.to(tl.float32)
         weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
-        tl.store(scaled + start + columns, (wide * weight).to(out.dtype.element_ty), mask=there)
+        made = (wide * weight).to(scaled.dtype.element_ty)
+        tl.store(scaled + start + columns, made, mask=there)
         tl.store(squares + row, tl.sum(wide * wide, 0))
 
 
@@ -70,8 +70,17 @@ def embed(
 
 
 @triton.jit
-def rms_norm_kernel(
-    x, rows, norm, out, eps, N: tl.constexpr, NP: tl.constexpr, SELECT: tl.constexpr
+def add_norm_kernel(
+    hidden,  # [rows, N], float32
+    change,  # [rows, N], added to hidden first, if ADD
+    rows,  # [programs], the rows to norm, if SELECT
+    norm,  # [N]
+    out,  # [programs, N]
+    eps,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    ADD: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     row = tl.program_id(0)
     source = row.to(tl.int64)
@@ -79,26 +88,39 @@ def rms_norm_kernel(
         source = tl.load(rows + row).to(tl.int64)
     columns = tl.arange(0, NP)
     there = columns < N
-    values = tl.load(x + source * N + columns, mask=there, other=0.0).to(tl.float32)
+    values = tl.load(hidden + source * N + columns, mask=there, other=0.0)
+    if ADD:
+        values += tl.load(change + source * N + columns, mask=there, other=0.0).to(tl.float32)
+        if not SELECT:  # rows may be named twice, and nobody reads them after
+            tl.store(hidden + source * N + columns, values, mask=there)
     factor = tl.rsqrt(tl.sum(values * values, 0) / N + eps)
     weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
     result = values * factor * weight
     tl.store(out + row.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=there)
 
 
-def rms_norm(x: Tensor, norm: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
-    """Root-mean-square norm of x's rows, or of those that `rows` names."""
-    count, width = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
-    out = x.new_empty(count, width)
+def add_norm(
+    hidden: Tensor,
+    change: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """hidden += change, in place, and its root-mean-square norm in the norm's dtype. With `rows`
+    only the norm of those rows is made, and hidden stays as it is."""
+    count, width = hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]
+    out = norm.new_empty(count, width)
     if count:
-        rms_norm_kernel[(count,)](
-            x,
-            x if rows is None else rows,
+        add_norm_kernel[(count,)](
+            hidden,
+            hidden if change is None else change,
+            hidden if rows is None else rows,
             norm,
             out,
             eps,
             width,
             triton.next_power_of_2(width),
+            change is not None,
             rows is not None,
             num_warps=8,
         )

@@ -224,13 +224,13 @@ def _finish(
     cells = batch_rows[None, :] * N + rows[:, None]
     if KIND == _ADD:
         result += tl.load(out + cells, mask=kept, other=0.0).to(tl.float32)
-    rounded = result.to(out.dtype.element_ty)
-    tl.store(out + cells, rounded, mask=kept)
+    tl.store(out + cells, result.to(out.dtype.element_ty), mask=kept)
     if NEXT:
-        wide = tl.where(kept, rounded.to(tl.float32), 0.0)
+        wide = tl.where(kept, result, 0.0)
         tl.store(next_squares + tile * MAX_BATCH + batch_rows, tl.sum(wide * wide, 0))
         norm = tl.load(next_norm + inside).to(tl.float32)
-        tl.store(next_scaled + cells, (wide * norm[:, None]).to(out.dtype.element_ty), mask=kept)
+        made = (wide * norm[:, None]).to(next_scaled.dtype.element_ty)
+        tl.store(next_scaled + cells, made, mask=kept)
 
 
 @triton.jit(do_not_specialize=["batch"])

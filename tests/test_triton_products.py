@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from gpu import DEVICE, interpreted, relative_error
 
 from agentrt.kernels.gemv import ADD, GATE_UP, STORE, GemvTiles, gemv
-from agentrt.kernels.rows import embed, rms_norm, silu_mul
+from agentrt.kernels.rows import add_norm, embed, silu_mul
 from agentrt.kernels.sample import num_chunks, sample_rows
 from agentrt.kernels.skinny import MAX_ROWS, Normed, SkinnyTiles, SkinnyWork, num_tiles, skinny
 
@@ -63,9 +63,9 @@ def test_gemv(outputs: int, inputs: int, with_bias: bool) -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_gemv_adds_and_gates(outputs: int, inputs: int) -> None:
     weight, x, norm = normal(outputs, inputs), normal(1, inputs), normal(inputs).abs()
-    hidden = normal(1, outputs)
-    expected = hidden.float() + F.linear(x.float(), weight.float())
-    assert relative_error(gemv(weight, x, hidden, kind=ADD), expected) < TOLERANCE
+    hidden = normal(1, outputs, dtype=torch.float32)
+    expected = hidden + F.linear(x.float(), weight.float())
+    assert relative_error(gemv(weight, x, hidden, kind=ADD), expected) < 1e-5
     both = normal(2 * outputs, inputs)
     gate, up = F.linear(normed(x, norm), both.float()).chunk(2, -1)
     out = gemv(both, x, unwritten(1, outputs), kind=GATE_UP, norm=norm, eps=EPS)
@@ -87,16 +87,17 @@ def test_skinny(outputs: int, inputs: int, batch: int, work: SkinnyWork) -> None
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_skinny_adds_and_prepares_the_next_norm(splits: int, work: SkinnyWork) -> None:
-    weight, x, hidden, norm = normal(200, 256), normal(5, 256), normal(5, 200), normal(200)
-    expected = hidden.float() + F.linear(x.float(), weight.float())
+    weight, x, norm = normal(200, 256), normal(5, 256), normal(200)
+    hidden = normal(5, 200, dtype=torch.float32)
+    expected = hidden + F.linear(x.float(), weight.float())
     following = Normed(
         unwritten(5, 200), unwritten(num_tiles(200, ADD), MAX_ROWS, dtype=torch.float32), EPS
     )
     tiles = SkinnyTiles(splits, 64, 2)
     skinny(weight, x, hidden, work, kind=ADD, following=(norm, following), tiles=tiles)
-    assert relative_error(hidden, expected) < TOLERANCE
-    assert relative_error(following.values, hidden.float() * norm.float()) < TOLERANCE
-    squares = hidden.float().square().sum(-1)
+    assert relative_error(hidden, expected) < 1e-5
+    assert relative_error(following.values, hidden * norm.float()) < TOLERANCE
+    squares = hidden.square().sum(-1)
     torch.testing.assert_close(following.squares.sum(0)[:5], squares)
     assert not work.counters.any()
 
@@ -128,15 +129,20 @@ def test_rows() -> None:
     ids = torch.tensor([3, -1, 49], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([0, 2, 1], dtype=torch.int32, device=DEVICE)
     following = Normed(unwritten(3, 96), unwritten(1, MAX_ROWS, dtype=torch.float32), EPS)
-    hidden = embed(ids, slots, last, table, unwritten(3, 96), (norm, following))
-    assert torch.equal(hidden, table[[3, 9, 49]])
-    torch.testing.assert_close(following.squares[0, :3], hidden.float().square().sum(-1))
-    assert relative_error(rms_norm(hidden, norm, EPS), normed(hidden, norm)) < TOLERANCE
-    chosen = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
-    expected = normed(hidden[[2, 0]], norm)
-    assert relative_error(rms_norm(hidden, norm, EPS, chosen), expected) < TOLERANCE
-    gate, up = hidden.float().chunk(2, -1)
-    assert relative_error(silu_mul(hidden), F.silu(gate) * up) < TOLERANCE
+    hidden = unwritten(3, 96, dtype=torch.float32)
+    embed(ids, slots, last, table, hidden, (norm, following))
+    assert torch.equal(hidden, table[[3, 9, 49]].float())
+    torch.testing.assert_close(following.squares[0, :3], hidden.square().sum(-1))
+    assert relative_error(add_norm(hidden, None, norm, EPS), normed(hidden, norm)) < TOLERANCE
+    change, chosen = normal(3, 96), torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    expected, before = hidden + change.float(), hidden.clone()
+    some = add_norm(hidden, change, norm, EPS, chosen)
+    assert relative_error(some, normed(expected[[2, 0]], norm)) < TOLERANCE
+    assert torch.equal(hidden, before)
+    assert relative_error(add_norm(hidden, change, norm, EPS), normed(expected, norm)) < TOLERANCE
+    torch.testing.assert_close(hidden, expected)
+    gate, up = change.float().chunk(2, -1)
+    assert relative_error(silu_mul(change), F.silu(gate) * up) < TOLERANCE
 
 
 def draw(logits: torch.Tensor, temperature: float, seeds: list[int]) -> list[int]:
