@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
@@ -14,7 +13,9 @@ from torch import Tensor
 from agentrt.batch import build_batch
 from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
+from agentrt.errors import ConfigError
 from agentrt.kernels.dispatch import Compute
+from agentrt.kernels.host_memory import host_memory
 from agentrt.models.base import Model, ModelSpec
 from agentrt.sampler import Sampled, sample
 from agentrt.scheduler import Plan, Work
@@ -95,13 +96,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
-        copy_blocks(self.kv, copies)
+        copy_blocks(self.kv, copies, self.compute.kv_layout.group_tokens)
 
     def collect(self, ticket: Computed) -> list[Sampled]:
         return collect_computed(ticket)
 
     def copier(self) -> Copier:
-        return HostCopier(self.kv.view(torch.uint8).numpy())
+        return HostCopier(self.kv.view(torch.uint8).numpy(), self.compute.kv_layout)
 
     def close(self) -> None:
         self.kv = torch.empty(0)
@@ -118,14 +119,19 @@ def kv_pool(spec: ModelSpec, config: ResolvedConfig, compute: Compute) -> Tensor
         config.block_tokens,
         spec.head_dim,
     )
+    group = compute.kv_layout.group_tokens
+    if config.block_tokens % group:
+        raise ConfigError(
+            f"block_tokens={config.block_tokens}: {compute.ops.name} needs a multiple of {group}"
+        )
     if compute.device.type != "cpu":
         return torch.zeros(shape, dtype=compute.dtype, device=compute.device)
-    # calloc: the system hands out zeroed pages when they are first written
-    pool = np.zeros(math.prod(shape) * compute.dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(pool).view(compute.dtype).view(shape)
+    return host_memory(math.prod(shape) * compute.dtype.itemsize).view(compute.dtype).view(shape)
 
 
-def copy_blocks(kv: Tensor, copies: Sequence[Copy]) -> None:
-    """Make the block copies that a plan asks for."""
+def copy_blocks(kv: Tensor, copies: Sequence[Copy], group_tokens: int = 1) -> None:
+    """Make the block copies that a plan asks for, in whole groups of tokens (see `kv_layout`):
+    what is copied beyond a copy's last token is not yet written, and never read."""
     for copy in copies:
-        kv[:, :, copy.target, :, : copy.num_tokens] = kv[:, :, copy.source, :, : copy.num_tokens]
+        num = -(-copy.num_tokens // group_tokens) * group_tokens
+        kv[:, :, copy.target, :, :num] = kv[:, :, copy.source, :, :num]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from attrs import define, field
+
+from agentrt.kernels.kv_layout import KvLayout, PlainLayout
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,41 +48,38 @@ class HostCopier:
     """
 
     pool: Bytes
+    layout: KvLayout = field(factory=PlainLayout)
 
     def begin(self) -> None:
         """Steps are done when they return."""
 
     def save(self, part: Part, block_ids: tuple[int, ...], after: None) -> None:
-        for pool, chunk in self._places(part, part.view, block_ids):
-            chunk[...] = pool
+        chunk = self._shaped(part.view, part)
+        for block_id, offset, inside, num in self._places(part, block_ids):
+            self.layout.to_chunk(self.pool[:, :, block_id], offset, chunk, inside, num)
 
     def load(self, part: Part, source: Bytes, block_ids: tuple[int, ...], after: None) -> None:
-        for pool, chunk in self._places(part, source, block_ids):
-            pool[...] = chunk
+        chunk = self._shaped(source, part)
+        for block_id, offset, inside, num in self._places(part, block_ids):
+            self.layout.to_block(chunk, inside, self.pool[:, :, block_id], offset, num)
 
     def sync(self) -> None:
         """Copies are done when they return."""
 
+    def _shaped(self, chunk: Bytes, part: Part) -> Bytes:
+        layers, _, _, heads, _, row_bytes = self.pool.shape
+        return chunk.reshape(layers, 2, heads, part.num_tokens, row_bytes)
+
     def _places(
-        self, part: Part, chunk: Bytes, block_ids: tuple[int, ...]
-    ) -> list[tuple[Bytes, Bytes]]:
-        """(place in the pool, place in the chunk) for each block that the part touches."""
-        layers, _, _, heads, block_tokens, row_bytes = self.pool.shape
-        whole = chunk.reshape(layers, 2, heads, part.num_tokens, row_bytes)
-        places = []
-        position = part.first
+        self, part: Part, block_ids: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(block, offset in it, offset in the chunk, tokens) of each block that a part touches."""
+        block_tokens, position = self.pool.shape[4], part.first
         while position < part.end:
             index, offset = divmod(position, block_tokens)
             num = min(block_tokens - offset, part.end - position)
-            inside = position - part.start
-            places.append(
-                (
-                    self.pool[:, :, block_ids[index], :, offset : offset + num],
-                    whole[:, :, :, inside : inside + num],
-                )
-            )
+            yield block_ids[index], offset, position - part.start, num
             position += num
-        return places
 
 
 @define(eq=False)

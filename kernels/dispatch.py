@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import Ops
 from agentrt.kernels.cpu import CpuOps, LinearKind
+from agentrt.kernels.kv_layout import GroupLayout, KvLayout, PlainLayout
 from agentrt.kernels.native import Native, NativeOps
 from agentrt.kernels.native_build import NativeUnavailable
 from agentrt.kernels.reference import ReferenceOps
@@ -29,6 +30,7 @@ class Compute:
     dtype: torch.dtype
     ops: Ops
     weights: str  # "int8", "fp8", or the dtype's name
+    kv_layout: KvLayout = field(factory=PlainLayout)
     note: str = ""  # why it is not the usual choice for this device, if so
 
     @property
@@ -100,11 +102,13 @@ def _choose_cpu(cache_dir: Path, deterministic: bool, *, is_int8: bool) -> Compu
         return _on_torch("int8" if is_int8 else "dense", torch.float32, str(exc))
     # bfloat16 KV moves SmolLM2's output no farther than int8 weights do alone (mean KL 0.0042).
     narrow = is_int8 and native.has_bfloat16
+    dtype = torch.bfloat16 if narrow else torch.float32
     return Compute(
         device=torch.device("cpu"),
-        dtype=torch.bfloat16 if narrow else torch.float32,
+        dtype=dtype,
         ops=NativeOps(native, is_int8),
         weights="int8" if is_int8 else "float32",
+        kv_layout=GroupLayout(dtype.itemsize),
     )
 
 

@@ -63,6 +63,9 @@ typedef struct {
     char *scratch;
 } Step;
 
+/* Into the second cache: what is fetched into the first, at 7,000 tokens, costs a step 2 ms more. */
+#define FETCH(at) __builtin_prefetch(at, 0, 2)
+
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.kernels import Geometry, Linear, StepInputs
+from agentrt.kernels.host_memory import Arena
+from agentrt.kernels.kv_layout import GROUP_TOKENS
 from agentrt.kernels.native_build import NativeUnavailable, load_library
 
 INT8_PANEL = 32  # outputs, as native_linear.c has it
@@ -113,21 +115,21 @@ class NativeLinear:
         return int(self.struct.outputs)
 
     @classmethod
-    def pack_int8(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def pack_int8(cls, weight: Tensor, bias: Tensor | None, arena: Arena) -> Self:
         """weight [out, in] rounded to int8 an output row (symmetric), as unsigned plus 128."""
         wide = weight.float()
         scale = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
         whole = (wide / scale).round_().to(torch.int16).add_(128).to(torch.uint8)
         padded = _padded(whole, INT8_PANEL, WIDTH_UNIT)
         panels = padded.view(-1, 2, 16, padded.shape[1] // 4, 4)
-        packed = panels.permute(0, 3, 1, 2, 4).contiguous()
+        packed = arena.keep(panels.permute(0, 3, 1, 2, 4))
         return cls._of(weight, packed, _padded_row(scale[:, 0] / LARGEST, INT8_PANEL), bias)
 
     @classmethod
-    def pack_float(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def pack_float(cls, weight: Tensor, bias: Tensor | None, arena: Arena) -> Self:
         """weight [out, in] as panels of outputs, input after input."""
         padded = _padded(weight.float(), FLOAT_PANEL, 1)
-        packed = padded.view(-1, FLOAT_PANEL, padded.shape[1]).transpose(1, 2).contiguous()
+        packed = arena.keep(padded.view(-1, FLOAT_PANEL, padded.shape[1]).transpose(1, 2))
         return cls._of(weight, packed, None, bias)
 
     @classmethod
@@ -224,6 +226,7 @@ class NativeOps:
 
     native: Native
     is_int8: bool
+    arena: Arena = field(factory=Arena, eq=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -231,7 +234,7 @@ class NativeOps:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         pack = NativeLinear.pack_int8 if self.is_int8 else NativeLinear.pack_float
-        return pack(weight, bias)
+        return pack(weight, bias, self.arena)
 
     def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return angles.cos().contiguous(), angles.sin().contiguous()
@@ -242,6 +245,8 @@ class NativeOps:
         segments, block_ids = _segment_table(inputs)
         if segments[:, 1].tolist() != sorted(segments[:, 1].tolist(), key=lambda rows: rows > 1):
             raise ValueError("segments of one row must come first")
+        if inputs.kv.shape[4] % GROUP_TOKENS:
+            raise ValueError(f"blocks of a multiple of {GROUP_TOKENS} tokens are needed")
         if heads // kv_heads > MOST_GROUP_HEADS or dim > MOST_HEAD_DIM or dim % 2:
             raise ValueError(f"{heads} heads of {dim} over {kv_heads} KV heads are not implemented")
         num_rows = len(inputs.token_ids)

@@ -2,9 +2,9 @@
  *
  * A row's context is cut at absolute positions: into splits, and these into tiles. Within a split
  * the softmax runs on (Milakov, Gimelshein 2018) over ascending tiles; splits are then merged in
- * ascending order (Flash-Decoding). A tile's keys are turned so that a lane is a key: a score is a
- * sum over the head's dimensions in ascending order, an output a sum over ascending keys. What a
- * mask hides adds nothing. So a row's bits depend on its own context alone, and threads may share
+ * ascending order (Flash-Decoding). Keys lie in the pool so that a lane is a key (see kv_layout.py),
+ * so nothing is moved before it is multiplied: a score is a sum over the head's dimensions in
+ * ascending order, an output a sum over ascending keys. What a mask hides adds nothing. So a row's bits depend on its own context alone, and threads may share
  * the work in any way: a prompt's rows go through all splits in one item, decode rows make an item
  * of each split, together with the other rows that read the same blocks.
  *
@@ -25,8 +25,6 @@ static int omp_get_num_threads(void) { return 1; }
 static int64_t lay_out(const Step *step, char *base, Memory *memory) {
     int64_t dim = padded_dim(step), row = dim * 4, at = 0;
 #define TAKE(field, bytes) memory->field = (void *)(base + at), at = round_up(at + (bytes), 64)
-    TAKE(keys, row * TILE);
-    TAKE(values, row * TILE);
     TAKE(queries, row * MOST_ROWS);
     TAKE(outputs, row * MOST_ROWS);
     TAKE(totals, row * MOST_ROWS);
@@ -46,19 +44,32 @@ int64_t native_scratch_bytes(const Step *step) {
 
 /* ---- the pool */
 
-static char *pool_at(const Step *step, int64_t layer, int64_t which, int64_t block, int64_t head,
-                     int64_t offset) {
+/* The group of a position, which is in a block of a segment's request. */
+static char *group_at(const Step *step, int64_t layer, int64_t which, const Segment *segment,
+                      int64_t head, int64_t position) {
+    int64_t block = step->block_ids[segment->first_block + position / step->block_tokens];
+    int64_t offset = position % step->block_tokens / GROUP * GROUP;
     int64_t index = ((layer * 2 + which) * step->pool_blocks + block) * step->num_kv_heads + head;
     return step->kv + (index * step->block_tokens + offset) * step->head_dim * element_bytes(step);
 }
 
-static void write_elements(const Step *step, const float *from, int64_t num, char *to) {
-    if (!step->is_bfloat16) {
-        memcpy(to, from, (size_t)num * sizeof(float));
-        return;
-    }
-    uint16_t *narrow = (uint16_t *)to;
-    for (int64_t i = 0; i < num; i++) narrow[i] = to_bfloat16(from[i]);
+/* One token's key into its group [units of dim][GROUP]. */
+static void write_key(const Step *step, const float *from, char *group, int64_t token) {
+    for (int64_t i = 0; i < step->head_dim; i++)
+        if (step->is_bfloat16)
+            ((uint16_t *)group)[(i / 2 * GROUP + token) * 2 + i % 2] = to_bfloat16(from[i]);
+        else
+            ((float *)group)[i * GROUP + token] = from[i];
+}
+
+/* One token's value into its group [units of GROUP][dim]. */
+static void write_value(const Step *step, const float *from, char *group, int64_t token) {
+    for (int64_t i = 0; i < step->head_dim; i++)
+        if (step->is_bfloat16)
+            ((uint16_t *)group)[(token / 2 * step->head_dim + i) * 2 + token % 2] =
+                to_bfloat16(from[i]);
+        else
+            ((float *)group)[token * step->head_dim + i] = from[i];
 }
 
 /* Rotary embedding, half-split form (Su et al. 2021), times a factor. */
@@ -75,7 +86,6 @@ static void rotate(float *head, int64_t dim, const float *cos, const float *sin,
 static void append_row(const Step *step, int64_t layer, const Segment *segment, int64_t row,
                        float *qkv, const float *query_norm, const float *key_norm) {
     int64_t dim = step->head_dim, position = step->positions[row];
-    int64_t block = step->block_ids[segment->first_block + position / step->block_tokens];
     const float *cos = step->cos + position * (dim / 2), *sin = step->sin + position * (dim / 2);
     float scale = LOG2_E / sqrtf((float)dim);
     for (int64_t head = 0; head < step->num_heads + step->num_kv_heads; head++) {
@@ -86,40 +96,41 @@ static void append_row(const Step *step, int64_t layer, const Segment *segment, 
     }
     const float *keys = qkv + step->num_heads * dim, *values = keys + step->num_kv_heads * dim;
     for (int64_t head = 0; head < step->num_kv_heads; head++) {
-        int64_t offset = position % step->block_tokens;
-        write_elements(step, keys + head * dim, dim,
-                       pool_at(step, layer, 0, block, head, offset));
-        write_elements(step, values + head * dim, dim,
-                       pool_at(step, layer, 1, block, head, offset));
+        write_key(step, keys + head * dim, group_at(step, layer, 0, segment, head, position),
+                  position % GROUP);
+        write_value(step, values + head * dim, group_at(step, layer, 1, segment, head, position),
+                    position % GROUP);
     }
 }
 
-/* Keys first_key .. end of one head, for `num` query rows in order of position. */
-static void attend_tile(const Step *step, const Memory *memory, int64_t layer, int64_t head,
-                        const Segment *segment, int64_t num, int64_t first_key, int64_t end) {
-    const char *keys[TILE] = {0}, *values[TILE] = {0};
-    int64_t num_keys = smaller(end - first_key, TILE);
-    int64_t index = first_key / step->block_tokens, offset = first_key % step->block_tokens;
-    for (int64_t i = 0; i < num_keys; index++, offset = 0) {
-        int64_t block = step->block_ids[segment->first_block + index];
-        const char *key = pool_at(step, layer, 0, block, head, offset);
-        const char *value = pool_at(step, layer, 1, block, head, offset);
-        int64_t row_bytes = step->head_dim * element_bytes(step);
-        for (; i < num_keys && offset < step->block_tokens; i++, offset++) {
-            keys[i] = key, key += row_bytes;
-            values[i] = value, value += row_bytes;
-        }
+/* A group's tokens are one thread's: they share cache lines. Decode rows share none. */
+static int is_appended_by(const Segment *segment, int64_t index, int thread, int num_threads) {
+    int64_t part = segment->num_rows == 1 ? segment->first_row
+                                          : (segment->start_position + index) / GROUP;
+    return part % num_threads == thread;
+}
+
+/* The tile of a head's keys first_key .. end. */
+static Tile tile_at(const Step *step, int64_t layer, int64_t head, const Segment *segment,
+                    int64_t first_key, int64_t end) {
+    Tile tile = {.first_key = first_key, .num_keys = smaller(end - first_key, TILE)};
+    for (int64_t i = 0; i < VECTORS; i++) { /* what is behind the last key is masked */
+        int64_t key = first_key + smaller(i, (tile.num_keys - 1) / GROUP) * GROUP;
+        tile.keys[i] = group_at(step, layer, 0, segment, head, key);
+        tile.values[i] = group_at(step, layer, 1, segment, head, key);
     }
-    int64_t units = step->head_dim * element_bytes(step) / 4;
-    int64_t ahead_bytes = first_key + TILE < end ? TILE * step->head_dim * element_bytes(step) : 0;
-    turn_keys(keys, units, ahead_bytes, memory->keys);
-    line_up_values(step, values, num_keys, ahead_bytes, memory->values);
+    return tile;
+}
+
+/* One tile for `num` query rows in order of position; `next` is fetched into the cache. */
+static void attend_tile(const Step *step, const Memory *memory, int64_t num, const Tile *tile,
+                        const Tile *next) {
     for (int64_t first = 0; first < num; first += ROWS) {
-        int64_t num_rows = smaller(num - first, ROWS);
-        int64_t last = 0;
+        int64_t num_rows = smaller(num - first, ROWS), last = 0;
         for (int64_t i = first; i < first + num_rows; i++)
             last = larger(last, memory->positions[i]);
-        if (last >= first_key) attend_some(num_rows, step, memory, first, first_key, num_keys);
+        if (last >= tile->first_key)
+            attend_some(num_rows, step, memory, first, tile, first ? 0 : next);
     }
 }
 
@@ -145,6 +156,16 @@ static float *partial_at(const Step *step, int64_t row, int64_t split, int64_t h
     return step->partials + (slot * step->num_kv_heads + head) * partial_floats(step);
 }
 
+/* A row of float32 in the pool's type. */
+static void write_elements(const Step *step, const float *from, int64_t num, char *to) {
+    if (!step->is_bfloat16) {
+        memcpy(to, from, (size_t)num * sizeof(float));
+        return;
+    }
+    uint16_t *narrow = (uint16_t *)to;
+    for (int64_t i = 0; i < num; i++) narrow[i] = to_bfloat16(from[i]);
+}
+
 static void load_queries(const Step *step, const Memory *memory, const Item *item, int64_t head,
                          const float *qkv) {
     int64_t dim = step->head_dim, groups = groups_of(step), padded = padded_dim(step);
@@ -160,14 +181,20 @@ static void load_queries(const Step *step, const Memory *memory, const Item *ite
     memset(memory->totals, 0, (size_t)(item->num_members * groups * padded) * sizeof(float));
 }
 
+/* `following` is what this thread reads behind the split, or null. */
 static void attend_split(const Step *step, const Memory *memory, int64_t layer, int64_t head,
-                         const Segment *segment, int64_t num, int64_t split, int64_t end) {
+                         const Segment *segment, int64_t num, int64_t split, int64_t end,
+                         const Tile *following) {
     int64_t padded = padded_dim(step);
     memset(memory->outputs, 0, (size_t)(num * padded) * sizeof(float));
     for (int64_t i = 0; i < num; i++) memory->running[i] = (Running){NOTHING, splat(0)};
     int64_t split_end = smaller((split + 1) * SPLIT, end);
-    for (int64_t first = split * SPLIT; first < split_end; first += TILE)
-        attend_tile(step, memory, layer, head, segment, num, first, split_end);
+    Tile tile = tile_at(step, layer, head, segment, split * SPLIT, split_end), next;
+    for (int64_t first = split * SPLIT; first < split_end; first += TILE, tile = next) {
+        int has_next = first + TILE < split_end;
+        if (has_next) next = tile_at(step, layer, head, segment, first + TILE, split_end);
+        attend_tile(step, memory, num, &tile, has_next ? &next : following);
+    }
 }
 
 /* One item of decode rows: its split's results, for later. */
@@ -182,20 +209,38 @@ static void keep_partials(const Step *step, const Memory *memory, const Item *it
     }
 }
 
-static void attend_item(const Step *step, const Memory *memory, int64_t layer, int64_t head,
-                        const Item *item, const float *qkv, float *out) {
+/* Where a row's context ends: the last member's is the longest of a chunk's item. */
+static int64_t end_of(const Step *step, const Item *item) {
+    int64_t end = 0;
+    for (int64_t i = 0; i < item->num_members; i++)
+        end = larger(end, step->positions[step->members[item->first_member + i]] + 1);
+    return end;
+}
+
+/* Items of all heads are numbered; a split's heads follow one another. */
+static void attend_item(const Step *step, const Memory *memory, int64_t layer, int64_t index,
+                        int64_t following, const float *qkv, float *out) {
     int64_t groups = groups_of(step), dim = step->head_dim, padded = padded_dim(step);
-    int64_t num = item->num_members * groups, end = 0;
+    const Item *item = step->items + index / step->num_kv_heads;
+    int64_t head = index % step->num_kv_heads, num = item->num_members * groups;
+    int64_t end = end_of(step, item);
     const Segment *segment = step->segments + item->segment;
     load_queries(step, memory, item, head, qkv);
-    for (int64_t i = 0; i < num; i++) end = larger(end, memory->positions[i] + 1);
     if (item->split >= 0) {
-        attend_split(step, memory, layer, head, segment, num, item->split, end);
+        Tile next;
+        const Item *after = step->items + following / step->num_kv_heads;
+        int has_next = following < step->num_items * step->num_kv_heads && after->split >= 0;
+        if (has_next)
+            next = tile_at(step, layer, following % step->num_kv_heads,
+                           step->segments + after->segment, after->split * SPLIT,
+                           end_of(step, after));
+        attend_split(step, memory, layer, head, segment, num, item->split, end,
+                     has_next ? &next : 0);
         keep_partials(step, memory, item, head);
         return;
     }
     for (int64_t split = 0; split * SPLIT < end; split++) {
-        attend_split(step, memory, layer, head, segment, num, split, end);
+        attend_split(step, memory, layer, head, segment, num, split, end, 0);
         for (int64_t i = 0; i < num; i++)
             if (memory->positions[i] >= split * SPLIT)
                 merge(padded, memory->peaks + i, memory->sums + i, memory->totals + i * padded,
@@ -206,6 +251,21 @@ static void attend_item(const Step *step, const Memory *memory, int64_t layer, i
         int64_t row = step->members[item->first_member + i / groups];
         finish_row(step, memory->sums[i], memory->totals + i * padded,
                    out + (row * step->num_heads + head * groups + i % groups) * dim);
+    }
+}
+
+/* The next item that no thread has taken. */
+static int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+/* A thread takes a decode row's item while it is at the one before, and fetches its first tile. */
+static void attend_items(const Step *step, const Memory *memory, int64_t layer, int64_t *counter,
+                         const float *qkv, float *out) {
+    int64_t num = step->num_items * step->num_kv_heads, index = take(counter);
+    while (index < num) {
+        int is_split = step->items[index / step->num_kv_heads].split >= 0;
+        int64_t following = is_split ? take(counter) : num;
+        attend_item(step, memory, layer, index, following, qkv, out);
+        index = is_split ? following : take(counter);
     }
 }
 
@@ -227,7 +287,7 @@ static void merge_row(const Step *step, int64_t row, int64_t query_head, float *
 void native_attend(const Step *step, int64_t layer, float *qkv, const float *query_norm,
                    const float *key_norm, float *out, char *x) {
     int64_t width = step->num_heads * step->head_dim;
-    int64_t qkv_width = width + 2 * step->num_kv_heads * step->head_dim;
+    int64_t qkv_width = width + 2 * step->num_kv_heads * step->head_dim, counter = 0;
 #pragma omp parallel num_threads(step->num_threads)
     {
         Memory memory;
@@ -236,16 +296,14 @@ void native_attend(const Step *step, int64_t layer, float *qkv, const float *que
             const Segment *segment = step->segments + i;
             for (int64_t j = 0; j < segment->num_rows; j++) {
                 int64_t row = segment->first_row + j;
-                if (row % omp_get_num_threads() == omp_get_thread_num())
+                if (is_appended_by(segment, j, omp_get_thread_num(), omp_get_num_threads()))
                     append_row(step, layer, segment, row, qkv + row * qkv_width, query_norm,
                                key_norm);
             }
         }
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < step->num_items * step->num_kv_heads; i++)
-            attend_item(step, &memory, layer, i % step->num_kv_heads,
-                        step->items + i / step->num_kv_heads, qkv, out);
+        attend_items(step, &memory, layer, &counter, qkv, out);
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < step->num_rows; row++) {
             if (step->first_partial[row] >= 0)

@@ -13,6 +13,7 @@
 #define INT8_PANEL 32    /* outputs that one pass over the inputs makes */
 #define FLOAT_PANEL 64
 #define ROWS 6           /* rows that one pass makes: 6 rows x 4 vectors fit the registers */
+#define AHEAD_BYTES 2048 /* of the weights: 5.2 ms of a decode step become 4.1; less or more: 4.6 */
 #define CHUNK_BYTES (320 << 10) /* rows that a pass over all panels reads: they stay in L2 */
 
 /* What stands behind a row's digits (low ones first, then high ones). */
@@ -98,6 +99,7 @@ INLINE void int8_tile(int num_rows, const char *x, int64_t row_bytes, const Line
     ints low[ROWS][2] = {0}, high[ROWS][2] = {0};
     for (int64_t i = 0; i < padded; i += 4, w += 4 * INT8_PANEL) {
         ints w0 = load_ints(w), w1 = load_ints(w + 64);
+        FETCH(w + AHEAD_BYTES), FETCH(w + AHEAD_BYTES + 64);
         for (int row = 0; row < num_rows; row++) {
             int32_t four;
             memcpy(&four, x + row * row_bytes + i, 4);
@@ -130,6 +132,7 @@ INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Lin
     floats sums[ROWS][4] = {0};
     for (int64_t i = 0; i < linear->inputs; i++, w += FLOAT_PANEL) {
         floats w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+        for (int part = 0; part < 4; part++) FETCH((const char *)w + AHEAD_BYTES + 64 * part);
         for (int row = 0; row < num_rows; row++) {
             floats v = splat(((const float *)(x + row * row_bytes))[i]);
             sums[row][0] = multiply_add(v, w0, sums[row][0]);

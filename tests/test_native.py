@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from agentrt.config import default_cache_dir
 from agentrt.kernels import Geometry, Segment, StepInputs
 from agentrt.kernels.dispatch import load_native
+from agentrt.kernels.kv_layout import GroupLayout
 from agentrt.kernels.linear_cpu import Int8Linear, split_digits
 from agentrt.kernels.native import LARGEST, WIDTH_UNIT, NativeOps, NativeStep
 from agentrt.kernels.native_build import NativeUnavailable
@@ -45,6 +47,20 @@ def make_pool(
 ) -> torch.Tensor:
     shape = (2, 2, num_blocks, KV_HEADS, block_tokens, dim)
     return random(*shape, seed=num_blocks * block_tokens).to(dtype)
+
+
+def plain(pool: torch.Tensor) -> torch.Tensor:
+    """What the oracle would hold: token after token."""
+    layout = GroupLayout(pool.element_size())
+    out = torch.empty_like(pool)
+    source, target = pool.view(torch.uint8).numpy(), out.view(torch.uint8).numpy()
+    layers, _, _, heads, block_tokens, row_bytes = source.shape
+    for block in range(source.shape[2]):
+        for token in range(block_tokens):
+            one = np.empty((layers, 2, heads, 1, row_bytes), np.uint8)  # no whole group: plain
+            layout.to_chunk(source[:, :, block], token, one, 0, 1)
+            target[:, :, block, :, token : token + 1] = one
+    return out
 
 
 def make_step(
@@ -181,7 +197,7 @@ def test_a_row_of_zeros_stays_zero(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", POOLS)
 @pytest.mark.parametrize("dim", [16, 24, 64, 128])
-@pytest.mark.parametrize("block_tokens", [4, 16, 256])
+@pytest.mark.parametrize("block_tokens", [16, 48, 256])
 @pytest.mark.parametrize(
     ("start", "num_rows"), [(0, 1), (0, 37), (63, 2), (255, 1), (256, 300), (700, 1)]
 )
@@ -195,14 +211,16 @@ def test_attention_equals_the_oracle(
     qkv = make_qkv(segments, [7], dim)
     norms = random(dim, seed=8), random(dim, seed=9)
     got = make_step(OPS["float32"], segments, pools[0]).attend(1, qkv.clone(), norms)
-    expected_pool = pools[1].float().clone()
+    expected_pool = plain(pools[1]).float()
+    before = expected_pool.clone()
     expected = make_step(REFERENCE, segments, expected_pool).attend(1, qkv.clone(), norms)
     # Keys and values are rounded to 8 bits; so are queries and weights.
     tolerance = 5e-6 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(pools[0].float(), expected_pool, atol=1e-6, rtol=2**-8)
-    untouched = expected_pool == pools[1].float()
-    assert torch.equal(pools[0].float()[untouched], pools[1].float()[untouched])
+    got_pool = plain(pools[0]).float()
+    torch.testing.assert_close(got_pool, expected_pool, atol=1e-6, rtol=2**-8)
+    untouched = expected_pool == before
+    assert torch.equal(got_pool[untouched], before[untouched])
 
 
 def attend(
@@ -273,11 +291,22 @@ def test_rows_that_share_blocks_have_the_bits_of_lone_ones(
             assert torch.equal(row, together[name])
 
 
-def test_unwritten_slots_add_nothing() -> None:
-    pools = [make_pool(2, 64, 32) for _ in range(2)]
-    pools[1][:, :, 1, :, 7:] = float("nan")
-    rows = [attend(segments_of([(70, 1, (0, 1))]), [1], kv)[1, 70] for kv in pools]
+@pytest.mark.parametrize("dtype", POOLS)
+@pytest.mark.parametrize("position", [70, 71])
+def test_unwritten_slots_add_nothing(dtype: torch.dtype, position: int) -> None:
+    pools = [make_pool(2, 64, 32, dtype) for _ in range(2)]
+    raw = pools[1].view(torch.uint8).numpy()
+    nan = np.full((2, 2, KV_HEADS, 1, raw.shape[-1]), 0xFF, np.uint8)
+    for token in range(position % 64 + 1, 64):
+        GroupLayout(pools[1].element_size()).to_block(nan, 0, raw[:, :, 1], token, 1)
+    assert pools[1].isnan().any()
+    rows = [attend(segments_of([(position, 1, (0, 1))]), [1], kv)[1, position] for kv in pools]
     assert torch.equal(*rows)
+
+
+def test_blocks_are_whole_groups() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        make_step(OPS["float32"], segments_of([(0, 2, (0,))]), make_pool(2, 24, 32))
 
 
 def test_one_row_segments_must_come_first() -> None:
