@@ -131,27 +131,39 @@ INLINE void store_bfloat16(uint16_t *to, floats v) {
 #endif
 }
 
-/* Turn scores into weights [row][TILE] (floats, or bfloat16 at the start of a row's place), and
- * say by how much what came before decays. */
-INLINE void weigh(int is_bfloat16, int num_rows, floats scores[ROWS][VECTORS], int64_t first_key,
-                  const int64_t *positions, Running *running, char *weights, float *decay) {
+/* Hide the keys that a row does not see; most tiles are seen by all rows as a whole. */
+INLINE void mask_scores(int num_rows, floats scores[ROWS][VECTORS], int64_t first_key,
+                        const int64_t *positions) {
     const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int row = 0; row < num_rows; row++) {
         int64_t last = positions[row] - first_key; /* the last key that the row sees, if >= 0 */
-        ints seen[VECTORS];
-        floats peak = splat(NOTHING);
+        if (last >= TILE - 1) continue;
         for (int i = 0; i < VECTORS; i++) {
-            seen[i] = lanes + splat_int(i * LANES) <= splat_int((int32_t)smaller(last, TILE));
-            peak = maximum(peak, choose(seen[i], scores[row][i], splat(NOTHING)));
+            ints seen = lanes + splat_int(i * LANES) <= splat_int((int32_t)last);
+            scores[row][i] = choose(seen, scores[row][i], splat(-INFINITY));
         }
-        float before = running[row].peak, now = fmaxf(before, max_lanes(peak));
-        decay[row] = power_of_two_scalar(before - now);
-        running[row].peak = now;
+    }
+}
+
+/* Turn scores into weights [row][TILE] (floats, or bfloat16 at the start of a row's place), and
+ * say by how much what came before decays. A hidden key's weight is exactly 0. */
+INLINE void weigh(int is_bfloat16, int num_rows, floats scores[ROWS][VECTORS], Running *running,
+                  char *weights, float *decay) {
+    float before[LANES] = {0}, now[LANES] = {0}, factors[LANES];
+    for (int row = 0; row < num_rows; row++) {
+        floats peak = maximum(maximum(scores[row][0], scores[row][1]),
+                              maximum(scores[row][2], scores[row][3]));
+        before[row] = running[row].peak;
+        now[row] = fmaxf(before[row], max_lanes(peak));
+        running[row].peak = now[row];
+    }
+    store(factors, power_of_two(load(before) - load(now)));
+    for (int row = 0; row < num_rows; row++) {
+        decay[row] = factors[row];
         floats sum = running[row].weights * splat(decay[row]);
         char *to = weights + row * TILE * 4;
         for (int i = 0; i < VECTORS; i++) {
-            floats p = power_of_two(scores[row][i] - splat(now));
-            p = (floats)(seen[i] & (ints)p);
+            floats p = power_of_two(scores[row][i] - splat(now[row]));
             sum += p;
             if (is_bfloat16)
                 store_bfloat16((uint16_t *)to + i * LANES, p);
@@ -170,8 +182,8 @@ INLINE void attend_rows(int is_bfloat16, int num_rows, const Step *step, const M
     float decay[ROWS];
     score_tile(is_bfloat16, num_rows, memory->queries + first * units * 4, units, tile, next,
                scores);
-    weigh(is_bfloat16, num_rows, scores, tile->first_key, memory->positions + first,
-          memory->running + first, weights, decay);
+    mask_scores(num_rows, scores, tile->first_key, memory->positions + first);
+    weigh(is_bfloat16, num_rows, scores, memory->running + first, weights, decay);
     float *outputs = memory->outputs + first * padded;
     int64_t column = 0;
     for (; column + 64 <= dim; column += 64)
