@@ -1,6 +1,6 @@
 """Prompts from real conversations: greedy tokens and logits against transformers, in float32.
 
-    python benchmarks/parity.py --shared DIR [--prompts 50] [--tokens 64]
+    python benchmarks/parity.py --shared DIR [--prompts 50] [--tokens 64]   (needs `accelerate`)
 
 Each prompt (64 to 6,000 tokens of the airline conversations) is continued greedily by agentrt;
 transformers then reads prompt and continuation in one forward. Every token must be its argmax too,
