@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 from attrs import define, evolve, field
 
 from agentrt.errors import RequestInvalid
+from agentrt.parsers import THINK_CLOSE, THINK_OPEN, CallFormat, TurnParser
+from agentrt.parsers_families import FORMATS, HERMES, format_of
 from agentrt.token_log import guard
 from agentrt.tool_prompt import render_result, render_tool_section
 from agentrt.types import Message
 
 if TYPE_CHECKING:
     from agentrt.grammar import Constraint, GrammarCompiler
+    from agentrt.grammar_calls import Thinking, TurnShape
     from agentrt.output import TextDecoder
     from agentrt.template import ChatTemplate
     from agentrt.tokenizer import Tokenizer
     from agentrt.tools import ToolSet
-
-# Templates of the Hermes family render tools and read calls in the format that we constrain to.
-HERMES_MARK = "<tool_call>"
 
 
 class NoText:
@@ -38,12 +38,17 @@ class NoText:
 
 @define
 class Chat:
-    """Owns the grammar compiler, which is built at the first grammar."""
+    """Owns the grammar compiler, which is built at the first grammar.
+
+    `tool_format` names a family's format of tool calls; "auto" is the one that the chat template
+    shows, or where it shows none, our default: that of Hermes, told in the system message.
+    """
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     vocab_size: int
     eos_token_ids: frozenset[int]
+    tool_format: str = "auto"
     _compiler: GrammarCompiler | None = field(default=None, init=False)
     _building: anyio.Lock = field(factory=anyio.Lock, init=False)
 
@@ -57,6 +62,54 @@ class Chat:
             return " ".join(map(str, ids))
         stream = self.tokenizer.stream()
         return stream.push(ids) + stream.flush()
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How this model writes tool calls."""
+        if self.tool_format != "auto":
+            return FORMATS[self.tool_format]
+        source = "" if self.template is None else self.template.tool_source
+        return format_of(source) or HERMES
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model of its tools, in the format that we read."""
+        if self.template is None or not self.template.supports_tools:
+            return False
+        return format_of(self.template.tool_source) is self.call_format
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model may begin with a block of reasoning."""
+        return self.template is not None and THINK_CLOSE in self.template.source
+
+    def thinking(self, rendered: str) -> Thinking:
+        """What the answer to this rendered conversation begins with."""
+        if not self.thinks:
+            return "no"
+        end = rendered.rstrip()
+        if end.endswith(THINK_OPEN):
+            return "inside"
+        return "no" if end.endswith(THINK_CLOSE) else "block"
+
+    def parser(self, rendered: str, tools: ToolSet, first_call: int) -> TurnParser:
+        """For the answer to this rendered conversation."""
+        thinking = self.thinking(rendered)
+        return TurnParser(
+            self.call_format if tools else None,
+            names=tools.names,
+            first_call=first_call,
+            thinks=thinking == "block",
+            is_thinking=thinking == "inside",
+        )
+
+    def turn_shape(self, rendered: str, **shape: Any) -> TurnShape:
+        """What that answer may be, for its grammar."""
+        from agentrt.grammar_calls import TurnShape
+
+        assert self.tokenizer is not None
+        special = self.tokenizer.special_tokens
+        return TurnShape(thinking=self.thinking(rendered), special=special, **shape)
 
     async def constraint(self, grammar: str | None) -> Constraint | None:
         """Compile a grammar in a worker thread. Raises GrammarInvalid."""
@@ -79,9 +132,10 @@ class Chat:
         messages is guarded (see token_log). Raises TemplateError or RequestInvalid."""
         if self.template is None or self.tokenizer is None:
             raise RequestInvalid("this model has no chat template: use generate with token ids")
-        native = HERMES_MARK in self.template.source
+        native = self.takes_tools
         if tools and not native:
-            messages = _with_tool_section(_with_plain_results(messages), render_tool_section(tools))
+            section = render_tool_section(tools, self.call_format)
+            messages = _with_tool_section(_with_plain_results(messages), section)
         special = self.tokenizer.special_tokens
         guarded = [evolve(message, content=guard(message.content, special)) for message in messages]
         schemas = tools.schemas() if tools and native else None

@@ -9,9 +9,11 @@ AgentrtError
 ├── RequestInvalid (ValueError)     mend the request; the message names the argument
 │   ├── PromptTooLong               shorten the prompt, or raise the limit that the message names
 │   ├── TemplateError               the chat template refused the messages
-│   └── GrammarInvalid              the schema or grammar cannot be compiled
+│   ├── GrammarInvalid              the schema or grammar cannot be compiled
+│   └── OutputInvalid               the answer is not what `output` wants: maybe it was cut off
 ├── ToolInvalid (TypeError)         the function cannot be a tool; the message names the parameter
 ├── Overloaded (RuntimeError)       wait, or raise the limit that the message names
+├── GuardStopped (RuntimeError)     a guard stopped it; the message has its reason
 ├── SessionBusy (RuntimeError)      one turn at a time: await the running one, or fork the session
 ├── EngineClosed (RuntimeError)     open a new engine
 ├── EngineFailed (RuntimeError)     the step thread died; `__cause__` says why
@@ -61,12 +63,20 @@ class GrammarInvalid(RequestInvalid):
     """A schema or grammar cannot be compiled."""
 
 
+class OutputInvalid(RequestInvalid):
+    """An answer is not the value that `output` asked for."""
+
+
 class ToolInvalid(AgentrtError, TypeError):
     """A function cannot be offered as a tool."""
 
 
 class Overloaded(AgentrtError, RuntimeError):
     """A queue is full."""
+
+
+class GuardStopped(AgentrtError, RuntimeError):
+    """A guard stopped the prompt or the output."""
 
 
 class SessionBusy(AgentrtError, RuntimeError):

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from agentrt.errors import GrammarInvalid, ModelUnsupported
-from agentrt.tool_prompt import CLOSE_TAG, OPEN_TAG
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,19 +20,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-    from agentrt.tools import Tool, ToolSet
-
 # A tiny model repeats itself without end wherever a grammar lets it. These bounds hold where the
 # tool's schema sets none; they are far above what a call needs.
 MAX_STRING_CHARACTERS = 256
 MAX_KEY_CHARACTERS = 64
 MAX_ITEMS = 16
-MAX_CALLS = 16
 MAX_INTEGER = 10**18  # llguidance handles bounds as float64 and fails just below 2**63
 
 # The one way that json.dumps prints; llguidance's default, any white space anywhere, is one more
 # thing to repeat without end.
 _JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+JSON_LAYOUT = {"x-guidance": _JSON_LAYOUT}
 
 # Slices are sets of tokens that llguidance allows in one go where the state admits them all. The
 # last one is for free text: with it a turn's first mask takes 0.1 ms, not 1 ms (49,152 tokens).
@@ -43,12 +41,17 @@ _MAX_PROTOTYPES = 64  # compiled grammars that are kept; a session asks for the 
 
 def json_schema(schema: Mapping[str, Any]) -> str:
     """The grammar of one JSON value that fits the schema, laid out as `json.dumps` does."""
-    return f"start: %json {_dump({'x-guidance': _JSON_LAYOUT, **schema})}\n"
+    return f"start: {json_value(schema)}\n"
+
+
+def json_value(schema: Mapping[str, Any]) -> str:
+    """The same, as the right side of a rule of a Lark grammar."""
+    return f"%json {quoted({**JSON_LAYOUT, **schema})}"
 
 
 def regex(pattern: str) -> str:
     """The grammar of a text that matches the whole pattern (Rust's regex syntax)."""
-    return _dump({"grammars": [{"lark_grammar": f"start: /{_escape_slashes(pattern)}/\n"}]})
+    return quoted({"grammars": [{"lark_grammar": f"start: /{_escape_slashes(pattern)}/\n"}]})
 
 
 def choice(options: Sequence[str]) -> str:
@@ -58,83 +61,40 @@ def choice(options: Sequence[str]) -> str:
     """
     if isinstance(options, str) or not options:
         raise GrammarInvalid(f"choice needs a list with at least one text, got {options!r}")
-    return f"start: {' | '.join(map(_dump, options))}\n"
+    return f"start: {' | '.join(map(quoted, options))}\n"
 
 
 def lark(text: str) -> str:
     """A grammar in llguidance's dialect of Lark, whose first rule is `start`."""
-    return _dump({"grammars": [{"lark_grammar": text}]})
+    return quoted({"grammars": [{"lark_grammar": text}]})
 
 
-def tool_calls(tools: ToolSet, *, required: bool = False, parallel: bool = True) -> str:
-    """The grammar of an assistant's turn in the default tool format (see `agentrt.tool_prompt`).
-
-    Free text, which may end at any point; once it holds `<tool_call>` only calls of these tools
-    follow, one or, if `parallel`, several. If `required` the turn starts with a call.
-
-    Raises GrammarInvalid without tools.
-    """
-    if not tools:
-        raise GrammarInvalid("tool_calls needs at least one tool")
-    body = {"x-guidance": _JSON_LAYOUT, "anyOf": [_call_schema(each) for each in tools]}
-    text = _text_without(OPEN_TAG)
-    opening = f"{OPEN_TAG}\n"
-    more = f"({_dump(chr(10) + opening)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    start = f"{_dump(opening)} calls" if required else "TEXT | TEXT_AND_TAG calls"
-    # Text and tag are one terminal: the lexer is greedy, so a text followed by a tag as two
-    # terminals would never leave the text.
-    terminals = "" if required else f"TEXT: /{text}/\nTEXT_AND_TAG: /{text}{opening[:-1]}\\n/\n"
-    return (
-        f"start: {start}\ncalls: call {more}\ncall: body {_dump(chr(10) + CLOSE_TAG)}\n"
-        f"body: %json {_dump(body)}\n{terminals}"
-    )
-
-
-def text_without_calls() -> str:
-    """The grammar of a turn that answers in plain text, where tools could be called otherwise.
-
-    Such an answer does not begin with `<`: SmolLM2-135M, kept from `<tool_call>` alone, began 12
-    answers of 12 with a call in a form of its own, such as `<tool_call_2>`.
-    """
-    return f"start: TEXT\nTEXT: /[^<\\s]{_text_without(OPEN_TAG)}/\n"
-
-
-def _call_schema(tool: Tool) -> dict[str, Any]:
-    properties = {"name": {"const": tool.name}, "arguments": _bounded(tool.parameters)}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
-def _bounded(schema: Any) -> Any:
+def bounded(schema: Any) -> Any:
     """The schema with a bound on each text, list, map and integer that has none."""
     if not isinstance(schema, Mapping):
         return schema
-    bounded = {key: _bounded_keyword(key, value) for key, value in schema.items()}
-    if "enum" in bounded or "const" in bounded:
-        return bounded
-    kinds = bounded.get("type", ())
+    made = {key: _bounded_keyword(key, value) for key, value in schema.items()}
+    if "enum" in made or "const" in made:
+        return made
+    kinds = made.get("type", ())
     kinds = (kinds,) if isinstance(kinds, str) else kinds
-    if "string" in kinds and not {"pattern", "format"} & set(bounded):
-        bounded.setdefault("maxLength", max(MAX_STRING_CHARACTERS, bounded.get("minLength", 0)))
+    if "string" in kinds and not {"pattern", "format"} & set(made):
+        made.setdefault("maxLength", max(MAX_STRING_CHARACTERS, made.get("minLength", 0)))
     if "array" in kinds:
-        bounded.setdefault("maxItems", max(MAX_ITEMS, bounded.get("minItems", 0)))
+        made.setdefault("maxItems", max(MAX_ITEMS, made.get("minItems", 0)))
     if "integer" in kinds and "number" not in kinds:
-        _bound_integer(bounded)
+        _bound_integer(made)
     if "object" in kinds:
-        _bound_map(bounded)
-    return bounded
+        _bound_map(made)
+    return made
 
 
 def _bounded_keyword(key: str, value: Any) -> Any:
     if key in ("properties", "patternProperties", "$defs", "definitions"):
-        return {name: _bounded(inner) for name, inner in value.items()}
+        return {name: bounded(inner) for name, inner in value.items()}
     if key in ("anyOf", "allOf", "oneOf", "prefixItems"):
-        return [_bounded(inner) for inner in value]
-    return _bounded(value) if key in ("items", "additionalProperties") else value
+        return [bounded(inner) for inner in value]
+    return bounded(value) if key in ("items", "additionalProperties") else value
 
 
 def _bound_integer(schema: dict[str, Any]) -> None:
@@ -156,23 +116,8 @@ def _bound_map(schema: dict[str, Any]) -> None:
     schema.setdefault("maxProperties", max(MAX_ITEMS, schema.get("minProperties", 0)))
 
 
-def _text_without(tag: str) -> str:
-    """A regex of all texts that do not hold the tag, whose first character occurs in it only once.
-
-    Written out as the automaton that it is: with llguidance's `~` operator the slices do not apply,
-    and the first mask of a turn takes ten times as long.
-    """
-    first, rest = tag[0], tag[1:]
-    begun = ""  # a start of the tag, after its first character
-    broken = f"[^{rest[-1]}{first}]"  # ... and then a character that is not the tag's next
-    for character in reversed(rest[:-1]):
-        begun = f"(?:{character}{begun})?"
-        broken = f"(?:[^{character}{first}]|{character}{broken})"
-    starts = f"(?:{first}{begun})*"
-    return f"(?:[^{first}]|{starts}{first}{broken})*{starts}"
-
-
-def _dump(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value as JSON; of a text, the form that a literal has in Lark."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -326,6 +271,10 @@ class Constraint:
     def forced_tokens(self) -> list[int]:
         """The tokens that must come next, as the tokenizer would write that text; often none."""
         return [] if self.is_finished else list(self._matcher.compute_ff_tokens())
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """How many of these tokens may come, one after the other."""
+        return 0 if self.is_finished else int(self._matcher.validate_tokens(token_ids))
 
     def fork(self) -> Constraint:
         """A copy that goes its own way."""

@@ -13,11 +13,10 @@ from attrs import evolve
 
 from agentrt.cache.evict import SessionState
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
-from agentrt.grammar import text_without_calls
-from agentrt.grammar import tool_calls as tool_call_grammar
+from agentrt.grammar_calls import text_without_calls
+from agentrt.grammar_calls import tool_calls as tool_call_grammar
 from agentrt.session_store import SavedSession, SessionFile
 from agentrt.token_log import INLINE_CHARACTERS, TokenLog, check_text
-from agentrt.tool_prompt import CallScanner
 from agentrt.tools import ToolSet, run_tool
 from agentrt.types import (
     Completion,
@@ -217,10 +216,13 @@ class Session:
         """The options of one generation: with tools, the grammar of one that may or must call."""
         if not self.tools:
             return self.options
+        chat, form = self._chat, self._chat.call_format
         if choice == "once" and not first:
-            return evolve(self.options, grammar=text_without_calls())
+            shape = chat.turn_shape(self._log.text)
+            return evolve(self.options, grammar=text_without_calls(form, shape))
         required, parallel = first and choice != "auto", choice != "once"
-        grammar = tool_call_grammar(self.tools, required=required, parallel=parallel)
+        shape = chat.turn_shape(self._log.text, required=required, parallel=parallel)
+        grammar = tool_call_grammar(self.tools, form, shape)
         return evolve(self.options, grammar=grammar)
 
     def _refuse_busy(self) -> None:
@@ -290,7 +292,7 @@ class Session:
 
     async def _generate(self, options: GenerateOptions) -> AsyncGenerator[SessionEvent | Finished]:
         """One generation: its text without tool calls, its tool calls, and Finished last."""
-        scanner = CallScanner(f"call_{self._num_calls}_")
+        scanner = self._chat.parser(self._log.text, self.tools, self._num_calls)
         rewrites, self._rewrites_seen = self._log.rewrites - self._rewrites_seen, self._log.rewrites
         stream = self._engine.stream(tuple(self._log.ids), options, is_rewritten=rewrites > 0)
         async with aclosing(stream) as events:

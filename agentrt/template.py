@@ -40,11 +40,12 @@ class ChatTemplate:
     ) -> None:
         environment = _environment()
         self.source = source
+        self.tool_source = source if tool_source is None else tool_source
         self.special_tokens = dict(special_tokens or {})
         self._plain = _compile(environment, source)
-        self._with_tools = _compile(environment, source if tool_source is None else tool_source)
+        self._with_tools = _compile(environment, self.tool_source)
         self.supports_tools = "tools" in jinja2.meta.find_undeclared_variables(
-            environment.parse(source if tool_source is None else tool_source)
+            environment.parse(self.tool_source)
         )
 
     def render(

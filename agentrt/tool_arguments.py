@@ -29,7 +29,7 @@ def bind(function: Callable[..., Any], schema: Mapping[str, Any], arguments: Any
     valid = validate(schema, arguments)
     hints = function_hints(function)
     return {
-        name: _convert(hints[name], value, f"arguments.{name}") if name in hints else value
+        name: convert(hints[name], value, f"arguments.{name}") if name in hints else value
         for name, value in valid.items()
     }
 
@@ -125,13 +125,13 @@ def _short(value: Any) -> str:
     return textwrap.shorten(repr(value), width=80, placeholder=" ...")
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
     """A valid JSON value as the Python value that the hint names."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Annotated, Required, NotRequired):
-        return _convert(arguments[0], value, path)
+        return convert(arguments[0], value, path)
     if isinstance(hint, typing.NewType):
-        return _convert(hint.__supertype__, value, path)
+        return convert(hint.__supertype__, value, path)
     if is_union(hint):
         return _convert_union(arguments, value, path)
     if hint is float:
@@ -149,7 +149,7 @@ def _convert_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
             valid = validate(schema_of(member, path), value, path)
         except RequestInvalid:
             continue
-        return _convert(member, valid, path)
+        return convert(member, valid, path)
     raise RequestInvalid(f"{path}: {_short(value)} fits no member of the union")
 
 
@@ -157,7 +157,7 @@ def _convert_items(origin: Any, arguments: tuple[Any, ...], value: list[Any], pa
     is_fixed = origin is tuple and bool(arguments) and arguments[-1] is not Ellipsis
     hints = arguments if is_fixed else [(*arguments, Any)[0]] * len(value)
     items = [
-        _convert(hint, item, f"{path}[{index}]")
+        convert(hint, item, f"{path}[{index}]")
         for index, (hint, item) in enumerate(zip(hints, value, strict=True))
     ]
     if origin in (tuple, frozenset):
@@ -172,12 +172,12 @@ def _convert_object(
         return value
     if origin in MAPPING_TYPES:
         item_hint = arguments[1] if arguments else Any
-        return {key: _convert(item_hint, item, f"{path}.{key}") for key, item in value.items()}
+        return {key: convert(item_hint, item, f"{path}.{key}") for key, item in value.items()}
     fields = record_fields(hint, path)
     if fields is None:
         return value
     hints = {field.name: field.hint for field in fields}
-    made = {name: _convert(hints[name], item, f"{path}.{name}") for name, item in value.items()}
+    made = {name: convert(hints[name], item, f"{path}.{name}") for name, item in value.items()}
     try:
         return hint(**made)
     except Exception as exc:  # a validator of the class refused the model's value

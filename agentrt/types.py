@@ -177,10 +177,26 @@ class Finished:
 
 
 @frozen
+class ReasoningDelta:
+    """New text of what the model thinks before it answers."""
+
+    text: str
+
+
+@frozen
 class ToolCallStarted:
     """The model began a tool call."""
 
     index: int
+
+
+@frozen
+class ToolCallDelta:
+    """New text of a call's arguments, as the model writes them. `name` is the tool, once known."""
+
+    index: int
+    name: str
+    text: str
 
 
 @frozen
@@ -210,7 +226,15 @@ class TurnFinished:
 
 
 StreamEvent = TextDelta | Finished
-SessionEvent = TextDelta | ToolCallStarted | ToolCallArguments | ToolResult | TurnFinished
+SessionEvent = (
+    TextDelta
+    | ReasoningDelta
+    | ToolCallStarted
+    | ToolCallDelta
+    | ToolCallArguments
+    | ToolResult
+    | TurnFinished
+)
 
 
 @frozen(kw_only=True)

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from agentrt import grammar
+from agentrt import grammar, grammar_calls
 from agentrt.errors import GrammarInvalid, ModelUnsupported
 from agentrt.grammar import Constraint, GrammarCompiler
+from agentrt.parsers import TurnParser, parse_turn
+from agentrt.parsers_families import HERMES
 from agentrt.tool_arguments import bind
-from agentrt.tool_prompt import parse_calls, render_call, render_tool_section
+from agentrt.tool_prompt import render_tool_section
 from agentrt.tools import Tool, ToolSet, tool
 from agentrt.types import ToolCall
 
@@ -40,6 +42,18 @@ def plan(
 def now() -> str:
     """The time."""
     return ""
+
+
+def tool_calls(tools: ToolSet, **shape: Any) -> str:
+    return grammar_calls.tool_calls(tools, HERMES, grammar_calls.TurnShape(**shape))
+
+
+def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    return parse_turn(TurnParser(HERMES), text)
+
+
+def render_call(call: ToolCall) -> str:
+    return HERMES.render([call])
 
 
 TOOLS = ToolSet([plan, now])
@@ -132,7 +146,7 @@ def test_nothing_to_choose_from_is_refused() -> None:
     with pytest.raises(GrammarInvalid, match="choice"):
         grammar.choice("ab")
     with pytest.raises(GrammarInvalid, match="tool"):
-        grammar.tool_calls(ToolSet())
+        tool_calls(ToolSet())
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tokenizer: Tokenizer) -> None:
@@ -168,7 +182,7 @@ def test_the_mask_of_a_choice_is_brute_force_over_its_texts(
 def test_the_mask_of_a_turn_is_brute_force_over_accept(
     compiler: GrammarCompiler, tokenizer: Tokenizer, required: bool
 ) -> None:
-    constraint = compiler.compile(grammar.tool_calls(TOOLS, required=required))
+    constraint = compiler.compile(tool_calls(TOOLS, required=required))
     text = TURN[TURN.index("<tool_call>") :] if required else TURN
     for token in tokenizer.encode(text).ids:
         expected = [each for each in range(PADDED_VOCAB_SIZE) if constraint.fork().accept(each)]
@@ -208,14 +222,14 @@ def test_every_walk_through_the_masks_is_a_turn_with_valid_calls(
     prefix: str,
 ) -> None:
     required = not prefix
-    constraint = compiler.compile(grammar.tool_calls(TOOLS, required=required, parallel=parallel))
+    constraint = compiler.compile(tool_calls(TOOLS, required=required, parallel=parallel))
     for token in tokenizer.encode(prefix).ids:
         assert constraint.accept(token)
     text = prefix + random_turn(constraint, tokenizer, end_id, random.Random(seed))
     plain, calls = parse_calls(text)
     if required or "<tool_call>" in prefix:
         assert plain == prefix.removesuffix("<tool_call>\n")
-        assert 1 <= len(calls) <= (grammar.MAX_CALLS if parallel else 1)
+        assert 1 <= len(calls) <= (grammar_calls.MAX_CALLS if parallel else 1)
     assert "<tool_call>" not in plain
     for call in calls:
         found = TOOLS.get(call.name)
@@ -241,16 +255,16 @@ def test_every_walk_through_the_masks_is_a_turn_with_valid_calls(
 def test_what_is_a_turn(
     compiler: GrammarCompiler, tokenizer: Tokenizer, text: str, is_turn: bool
 ) -> None:
-    assert takes(compiler.compile(grammar.tool_calls(TOOLS)), tokenizer, text) == is_turn
+    assert takes(compiler.compile(tool_calls(TOOLS)), tokenizer, text) == is_turn
 
 
 def test_required_and_parallel(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     calls = TURN[TURN.index("<tool_call>") :]
-    required = grammar.tool_calls(TOOLS, required=True)
+    required = tool_calls(TOOLS, required=True)
     assert takes(compiler.compile(required), tokenizer, calls)
     assert not takes(compiler.compile(required), tokenizer, TURN)
     assert not takes(compiler.compile(required), tokenizer, "")
-    single = grammar.tool_calls(TOOLS, parallel=False)
+    single = tool_calls(TOOLS, parallel=False)
     assert takes(compiler.compile(single), tokenizer, f"So: {render_call(CALL)}")
     assert not takes(compiler.compile(single), tokenizer, TURN)
 
@@ -270,14 +284,14 @@ def test_required_and_parallel(compiler: GrammarCompiler, tokenizer: Tokenizer) 
 def test_what_is_an_answer_without_calls(
     compiler: GrammarCompiler, tokenizer: Tokenizer, text: str, is_answer: bool
 ) -> None:
-    assert takes(compiler.compile(grammar.text_without_calls()), tokenizer, text) == is_answer
+    assert takes(compiler.compile(grammar_calls.text_without_calls()), tokenizer, text) == is_answer
 
 
 def takes_arguments(
     compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], **arguments: Any
 ) -> bool:
     made = Tool(name="t", description="", parameters=schema, function=now.function)
-    constraint = compiler.compile(grammar.tool_calls(ToolSet([made]), required=True))
+    constraint = compiler.compile(tool_calls(ToolSet([made]), required=True))
     return takes(constraint, tokenizer, render_call(ToolCall("", "t", arguments)))
 
 
@@ -328,7 +342,7 @@ def test_a_token_that_is_not_allowed_changes_nothing(
 def test_rollback_takes_back_tokens_and_the_end(
     compiler: GrammarCompiler, tokenizer: Tokenizer, end_id: int
 ) -> None:
-    constraint = compiler.compile(grammar.tool_calls(TOOLS))
+    constraint = compiler.compile(tool_calls(TOOLS))
     masks = []
     tokens = [*tokenizer.encode(TURN).ids, end_id]
     for token in tokens:
@@ -377,13 +391,13 @@ def test_forks_go_their_own_ways(compiler: GrammarCompiler, tokenizer: Tokenizer
 def test_forced_tokens_are_the_tokenizers_own(
     compiler: GrammarCompiler, tokenizer: Tokenizer, end_id: int
 ) -> None:
-    constraint = compiler.compile(grammar.tool_calls(ToolSet([now]), required=True))
+    constraint = compiler.compile(tool_calls(ToolSet([now]), required=True))
     forced = constraint.forced_tokens()
     expected = render_call(ToolCall("", "now", {}))
     assert expected.startswith(tokenizer.decode(forced))
     assert len(tokenizer.decode(forced)) > 20
     assert forced == tokenizer.encode(expected).ids[: len(forced)]
-    free = compiler.compile(grammar.tool_calls(TOOLS))
+    free = compiler.compile(tool_calls(TOOLS))
     assert free.forced_tokens() == []
     assert free.accept(end_id)
     assert free.forced_tokens() == []

@@ -15,6 +15,7 @@ from agentrt import (
     GenerateOptions,
     TextDelta,
     ToolCallArguments,
+    ToolCallDelta,
     ToolCallStarted,
     ToolResult,
     TurnFinished,
@@ -136,7 +137,8 @@ async def test_events_come_in_order(tokenizer, template):
         events = [event async for event in session.stream("1 + 1?")]
         text = "".join(e.text for e in events if isinstance(e, TextDelta))
         assert text == "Wait. Two."
-        kinds = [type(e) for e in events if not isinstance(e, TextDelta)]
+        kinds = [type(e) for e in events if not isinstance(e, TextDelta | ToolCallDelta)]
+        assert "".join(e.text for e in events if isinstance(e, ToolCallDelta)) == '{"a": 1, "b": 1}'
         assert kinds == [ToolCallStarted, ToolCallArguments, ToolResult, TurnFinished]
         assert events[-1] == TurnFinished("Two.", "stop", 2)
         started = next(i for i, e in enumerate(events) if isinstance(e, ToolCallStarted))
@@ -146,7 +148,7 @@ async def test_events_come_in_order(tokenizer, template):
 async def test_a_required_call_comes_first_and_only_once(tokenizer, template):
     """The model would write text; the grammar lets it only call, and then it is free."""
     async with scripted(tokenizer, template, [""]) as engine:
-        engine.runner.script = lambda request: None  # noise: the grammar alone shapes it
+        engine.runner.script = lambda *_: None  # noise: the grammar alone shapes it
         free = evolve(PLENTY, max_tokens=60)
         session = engine.session(tools=[add], options=free, max_steps=3)
         reply = await session.run("Hi", tool_choice="required")
