@@ -60,9 +60,9 @@ class EngineConfig:
     one off. By default a CPU has no host tier, as its pool is host memory already.
     `eviction="lru"` is there to be compared with. `step_tokens` bounds the work of one step: decode
     rows first, then prefill chunks. `deterministic` makes float products independent of the batch
-    too (int8 ones are anyway). `long_prefill="cudnn"` lets cuDNN attend to long contexts in prefill
-    on CUDA: faster, but not yet compared with float32 there. `random_weights` runs a folder that
-    holds config.json alone, for benchmarks. `max_waiting` bounds the queue (Overloaded beyond it).
+    too (int8 ones are anyway). `long_prefill="triton"` keeps cuDNN out of prefill after long
+    contexts on CUDA, where "auto" lets it attend to them. `random_weights` runs a folder that holds
+    config.json alone, for benchmarks. `max_waiting` bounds the queue (Overloaded beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """
@@ -88,8 +88,8 @@ class EngineConfig:
     step_tokens: int | None = field(default=None, validator=_count(1))
     deterministic: bool = field(default=False, validator=_checked(instance_of(bool)))
     namespace: str = field(default="", validator=_checked(instance_of(str)))
-    long_prefill: Literal["triton", "cudnn"] = field(
-        default="triton", validator=_choice("triton", "cudnn")
+    long_prefill: Literal["auto", "triton"] = field(
+        default="auto", validator=_choice("auto", "triton")
     )
     random_weights: bool = field(default=False, validator=_checked(instance_of(bool)))
 

@@ -19,7 +19,7 @@ from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
-from agentrt.kernels.attention_decode import num_splits
+from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.attention_prefill import LARGEST_TILE, plan_tiles
 from agentrt.kernels.attention_prefix import is_worth_it
 from agentrt.kernels.cuda import CudaOps, Rows, Scratch
@@ -173,9 +173,9 @@ class CudaRunner:
         fields[2, :num] = [work.start for work in works]
         fields[3, :num], temperatures = _draws(works)
         fields[4, :num] = temperatures.view(np.int32)
-        flat[5 * width :] = np.cumsum(
-            [0, *(num_splits(work.start) for work in works), *[0] * (width - num)]
-        )
+        dim = self.model.geometry.head_dim
+        tiles = [num_tiles(work.start, dim) for work in works]
+        flat[5 * width :] = np.cumsum([0, *tiles, *[0] * (width - num)])
         self._update_tables(updates)
         self.uploader.upload_to(self.inputs.flat, flat)
         graph.replay()
@@ -183,7 +183,7 @@ class CudaRunner:
 
     def _mixed(self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Decode rows and prefill chunks, or more decode rows than a graph has."""
-        work = _mixed_work(works, slots)
+        work = _mixed_work(works, slots, self.model.geometry.head_dim)
         self._update_tables(updates)
         prefix_blocks = self._prefix_blocks(work)
         graph = None if prefix_blocks is not None else self.mixed.get(work)
@@ -260,7 +260,7 @@ class CudaRunner:
         del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
 
 
-def _mixed_work(works: Sequence[Work], slots: list[int]) -> MixedWork:
+def _mixed_work(works: Sequence[Work], slots: list[int], dim: int) -> MixedWork:
     """Flatten works, those of one token first."""
     counts = [work.num_tokens for work in works]
     num_decode = sum(count == 1 for count in counts)
@@ -276,11 +276,11 @@ def _mixed_work(works: Sequence[Work], slots: list[int]) -> MixedWork:
     decode, prefill = zip(
         *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
     )
-    splits = [num_splits(work.start) for work in works[:num_decode]]
+    tiles = [num_tiles(work.start, dim) for work in works[:num_decode]]
     return MixedWork(
         decode=decode,
         prefill=prefill,
-        starts=np.cumsum([0, *splits], dtype=np.int32),
+        starts=np.cumsum([0, *tiles], dtype=np.int32),
         chunks=[
             (int(end) - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
             for work, end, slot in zip(works, ends, slots, strict=True)

@@ -19,7 +19,7 @@ FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
 @frozen
 class DecodeInputs:
     """One int32 array on the device that holds a decode step's inputs, field after field, for at
-    most `width` rows; then the rows' first splits (see `attention_decode`)."""
+    most `width` rows; then the rows' first tiles (see `attention_decode`)."""
 
     flat: Tensor
     width: int

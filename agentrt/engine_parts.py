@@ -12,11 +12,12 @@ from attrs import frozen
 
 from agentrt.cache import PrefixCache
 from agentrt.cache.disk import DiskTier
+from agentrt.cache.host import SLAB_BYTES
 from agentrt.cache.keys import Fingerprint, chunk_key, root_key
 from agentrt.cache.node import TokenArray
 from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
-from agentrt.engine_tiers import LRU, OpenTiers, fingerprint_of, open_tiers
+from agentrt.engine_tiers import CHUNK_TOKENS, LRU, OpenTiers, fingerprint_of, open_tiers
 from agentrt.errors import EngineClosed, ModelNotFound
 from agentrt.loop import Loop
 from agentrt.metrics import Stats
@@ -125,7 +126,7 @@ def open_parts(
         runner,
         poster(event_loop),
         device=loaded.compute.device.type,
-        **_tiers_memory(loaded.compute.device.type),
+        **_tiers_memory(loaded.compute.device.type, resolved),
     )
     chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
     report("starting")(1, 1)
@@ -164,13 +165,16 @@ def build_loop(
     return loop, tiers
 
 
-def _tiers_memory(device: str) -> dict[str, Any]:
+def _tiers_memory(device: str, resolved: ResolvedConfig) -> dict[str, Any]:
     """Page-locked memory for the host tier of a GPU."""
     if device != "cuda":
         return {}
-    from agentrt.transfer_cuda import allocate_pinned
+    from agentrt.transfer_cuda import PinnedSlabs
 
-    return {"allocate": allocate_pinned}
+    slot_bytes = CHUNK_TOKENS * resolved.kv_token_bytes
+    slabs = PinnedSlabs(max(1, SLAB_BYTES // slot_bytes) * slot_bytes, resolved.host_kv_bytes)
+    slabs.make_ahead()
+    return {"allocate": slabs.allocate}
 
 
 def _runner(loaded: LoadedModel, resolved: ResolvedConfig) -> Runner:

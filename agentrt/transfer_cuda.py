@@ -2,18 +2,88 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
+import weakref
+from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from agentrt.mover import Part
 
+READY_SLABS = 64  # of 64 MiB: what one long conversation of an 8B model keeps
+
 
 def allocate_pinned(num_bytes: int) -> Any:
-    """Page-locked memory as a numpy view: what a slab of the host tier is on a GPU."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+    """Page-locked memory as a numpy array.
+
+    The pages are there before the driver locks them: it holds back every launch while it works.
+    On an H100's host 64 MiB took 42 ms in the driver alone, and this way 45 ms outside of it and 4
+    in it.
+    """
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, dtype=np.uint8)
+    array[:: mmap.PAGESIZE] = 0
+    address = array.ctypes.data
+    status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+    if status.value != 0:
+        raise MemoryError(f"the driver cannot lock {num_bytes} bytes: {status}")
+    weakref.finalize(array, _unlock, address, memory)
+    return array
+
+
+def _unlock(address: int, memory: mmap.mmap) -> None:
+    """`memory` is an argument so that it outlives the array."""
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+@define(eq=False)
+class PinnedSlabs:
+    """Makes page-locked slabs ahead of need, in a thread that ends when enough are ready: the step
+    thread, which asks for them, would wait 50 ms for each.
+
+    Owns the slabs that nobody has asked for yet; there are never more than `most_bytes` of all.
+    """
+
+    slab_bytes: int
+    most_bytes: int
+    _ready: deque[Any] = field(factory=deque, init=False)
+    _num_made: int = field(default=0, init=False)
+    _maker: threading.Thread | None = field(default=None, init=False)
+
+    def allocate(self, num_bytes: int) -> Any:
+        """A slab: of `slab_bytes`, but for the last one of a budget."""
+        if num_bytes != self.slab_bytes or not self._ready:
+            self._num_made += 1
+            return allocate_pinned(num_bytes)
+        slab = self._ready.popleft()
+        if len(self._ready) < READY_SLABS // 2:
+            self.make_ahead()
+        return slab
+
+    def make_ahead(self) -> None:
+        """Have READY_SLABS ready, as far as the budget goes."""
+        if self._maker is None or not self._maker.is_alive():
+            device = torch.cuda.current_device()
+            self._maker = threading.Thread(target=self._make, args=(device,))
+            self._maker.start()
+
+    def _make(self, device: int) -> None:
+        torch.cuda.set_device(device)
+        while len(self._ready) < READY_SLABS:
+            if (self._num_made + 1) * self.slab_bytes > self.most_bytes:
+                return
+            try:
+                self._ready.append(allocate_pinned(self.slab_bytes))
+            except MemoryError:
+                return  # whoever asks next gets the error
+            self._num_made += 1
 
 
 @define(eq=False)

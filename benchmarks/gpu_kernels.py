@@ -20,7 +20,7 @@ import torch
 from gpu_decode import read_bandwidth
 
 from agentrt.kernels import Geometry
-from agentrt.kernels.attention_decode import num_splits
+from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.cuda import Attention, CudaLinear, CudaOps, Rows, Scratch
 
 BLOCK_TOKENS = 64
@@ -124,7 +124,7 @@ class Kernels:
         tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
         slots = torch.arange(batch, **ints)
         positions = torch.full((batch,), context, **ints)
-        starts = torch.arange(batch + 1, **ints) * num_splits(context)
+        starts = torch.arange(batch + 1, **ints) * num_tiles(context, self.dim)
         rows = Rows(
             token_ids=slots, slots=slots, positions=positions, tables=tables, last_tokens=slots
         )
@@ -153,7 +153,6 @@ class Kernels:
             starts=None,
             tiles=torch.tensor(tiles, **ints),
             tile_shape=shape,
-            num_programs=0,
             work=self.scratch.decode,
             pdl=False,
         )

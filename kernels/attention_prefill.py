@@ -12,8 +12,8 @@ import triton.language as tl
 from attrs import frozen
 from torch import Tensor
 
-from agentrt.kernels.attention_decode import load_tile
 from agentrt.kernels.dependent import dot
+from agentrt.kernels.paged import load_tile
 
 LARGEST_TILE = 128  # keys
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -180,7 +180,7 @@ class PrefillTiles:
         short = num_tokens * padded * kv_heads < 128 * 132
         if dim <= 64:
             return cls(64, 128, 3, 4) if short else cls(128, 64, 3, 8)
-        return cls(64, 64, 3, 4) if short else cls(256, 64, 3, 8)
+        return cls(64, 128, 3, 4) if short else cls(256, 64, 3, 8)
 
 
 def plan_tiles(

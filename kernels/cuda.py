@@ -16,13 +16,7 @@ from torch import Tensor
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
-from agentrt.kernels.attention_decode import (
-    MAX_SPLITS,
-    DecodeRows,
-    DecodeWork,
-    decode_attention,
-    num_splits,
-)
+from agentrt.kernels.attention_decode import DecodeRows, DecodeWork, decode_attention, num_tiles
 from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, plan_tiles, prefill_attention
 from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.gemv import ADD, GATE_UP, gemv
@@ -35,9 +29,9 @@ from agentrt.kernels.skinny import (
     TILE_ROWS,
     Normed,
     SkinnyWork,
-    num_tiles,
     skinny,
 )
+from agentrt.kernels.skinny import num_tiles as num_product_tiles
 
 Chunk = tuple[int, int, int, int]
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -82,6 +76,9 @@ class Scratch:
         device: torch.device,
     ) -> Scratch:
         """Room for `max_batch` decode rows."""
+        num_programs = 4  # of decode attention: on a GPU, what it holds at once
+        if device.type == "cuda":
+            num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
         def counters(number: int) -> Tensor:
             return torch.zeros(number, dtype=torch.int32, device=device)
@@ -90,7 +87,7 @@ class Scratch:
             MAX_PROGRAMS * TILE_ROWS * MAX_ROWS, dtype=torch.float32, device=device
         )
         decode = DecodeWork.allocate(
-            (MAX_SPLITS + 1) * max_batch,
+            num_programs,
             max_batch,
             geometry.num_heads,
             geometry.num_kv_heads,
@@ -143,15 +140,19 @@ class GemvProducts:
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
     ) -> Unnormed:
-        gemv(linear.weight, x, hidden, kind=ADD, scales=linear.scales, pdl=self.pdl)
-        return Unnormed(hidden, norm)
+        # The next products read a row of bf16: every program reads all of it, and float32 rows cost
+        # 0.4 ms a step (8B shape).
+        copy = norm.new_empty(1, hidden.shape[1])
+        gemv(linear.weight, x, hidden, kind=ADD, scales=linear.scales, copy=copy, pdl=self.pdl)
+        return Unnormed(copy, norm)
 
     def gate_up(self, x: Unnormed, linear: CudaLinear) -> Tensor:
         out = x.norm.new_empty(1, linear.weight.shape[0] // 2)
         return self._normed(x, linear, out, kind=GATE_UP)
 
     def logits(self, x: Unnormed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
-        return self._normed(x, linear, x.values.new_empty(1, linear.weight.shape[0]))
+        out = x.norm.new_empty(1, linear.weight.shape[0], dtype=torch.float32)
+        return self._normed(x, linear, out)
 
     def _normed(self, x: Unnormed, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
         return gemv(
@@ -186,7 +187,7 @@ class SkinnyProducts:
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
     ) -> Normed:
-        following = self._following(len(hidden), norm, num_tiles(hidden.shape[1], ADD))
+        following = self._following(len(hidden), norm, num_product_tiles(hidden.shape[1], ADD))
         skinny(
             linear.weight,
             x,
@@ -266,14 +267,13 @@ def _widened(linear: CudaLinear, dtype: torch.dtype) -> Tensor:
 
 @frozen(kw_only=True)
 class Attention:
-    """Decode rows first (their splits in `starts`), then the chunks that `tiles` describes."""
+    """Decode rows first (their tiles in `starts`), then the chunks that `tiles` describes."""
 
     rows: Rows
     num_decode: int
     starts: Tensor | None  # [num_decode + 1]
     tiles: Tensor | None  # [programs, 4]
     tile_shape: PrefillTiles | None
-    num_programs: int
     work: DecodeWork
     pdl: bool
     prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
@@ -300,7 +300,6 @@ class Attention:
                 geometry.sin,
                 norms=norms,
                 eps=geometry.norm_eps,
-                num_programs=self.num_programs,
                 pdl=self.pdl,
             )
         if self.tiles is not None:
@@ -400,12 +399,6 @@ class CudaOps:
             return SkinnyProducts(eps, scratch.skinny, self.pdl)
         return DenseProducts(eps)
 
-    def num_programs(self) -> int:
-        """Programs of decode attention: what the device holds at once."""
-        if self.device.type != "cuda":
-            return 4
-        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
-
     def plan_step(self, inputs: StepInputs, geometry: Geometry) -> CudaStep:
         """A step on its own: tables and scratch are made for it, and all rows are prefill rows
         unless their segment has one row."""
@@ -417,7 +410,7 @@ class CudaOps:
             tables=tables,
             last_tokens=torch.zeros(len(inputs.segments), dtype=torch.int32, device=self.device),
         )
-        work = plan_work(inputs.segments)
+        work = plan_work(inputs.segments, geometry.head_dim)
         scratch = Scratch.allocate(
             geometry,
             vocab_size=1,
@@ -460,7 +453,6 @@ class CudaOps:
             starts=starts,
             tiles=tiles if tiles.numel() else None,
             tile_shape=shape,
-            num_programs=self.num_programs(),
             work=scratch.decode,
             pdl=False,
             prefix_blocks=prefix_blocks,
@@ -484,7 +476,6 @@ class CudaOps:
             starts=starts,
             tiles=None,
             tile_shape=None,
-            num_programs=self.num_programs(),
             work=scratch.decode,
             pdl=self.pdl,
         )
@@ -496,7 +487,7 @@ class CudaOps:
 class WorkList:
     """How a mixed step's rows are shared out: `num_decode` rows, then chunks.
 
-    `starts` are the decode rows' first splits and the end; a chunk is (first row after the decode
+    `starts` are the decode rows' first tiles and the end; a chunk is (first row after the decode
     rows, position, number of rows, slot).
     """
 
@@ -505,12 +496,12 @@ class WorkList:
     chunks: list[Chunk]
 
 
-def plan_work(segments: tuple[Segment, ...]) -> WorkList:
+def plan_work(segments: tuple[Segment, ...], dim: int) -> WorkList:
     """Segments of one row first; a segment's slot is its index."""
     starts, chunks = [0], []
     for slot, segment in enumerate(segments):
         if segment.num_rows == 1:
-            starts.append(starts[-1] + num_splits(segment.start_position))
+            starts.append(starts[-1] + num_tiles(segment.start_position, dim))
         else:
             first = segment.first_row - (len(starts) - 1)
             chunks.append((first, segment.start_position, segment.num_rows, slot))

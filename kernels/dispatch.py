@@ -66,7 +66,7 @@ def choose_compute(
     deterministic: bool,
     is_quantised: bool,
     cache_dir: Path,
-    long_prefill: str = "triton",
+    long_prefill: str = "auto",
 ) -> Compute:
     """Resolve the "auto" settings on this machine. `cache_dir` keeps what is compiled for it.
 
@@ -154,6 +154,6 @@ def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: st
     from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
 
     is_fp8 = weights == "fp8"
-    triton_ops = CudaOps(device, fp8=is_fp8, cudnn=long_prefill == "cudnn")
+    triton_ops = CudaOps(device, fp8=is_fp8, cudnn=long_prefill == "auto")
     name = "fp8" if is_fp8 else "bfloat16"
     return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name)

@@ -48,6 +48,7 @@ def gemv_stage(
     norm,  # [K]
     x,  # [K]
     out,  # [N]
+    copy,  # [N], if COPY: the output, in bf16
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -55,6 +56,7 @@ def gemv_stage(
     BK: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
+    COPY: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -111,6 +113,8 @@ def gemv_stage(
     if KIND == _ADD:
         result += tl.load(out + inside).to(tl.float32)
     tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+    if COPY:
+        tl.store(copy + rows, result.to(copy.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit
@@ -121,6 +125,7 @@ def gemv_kernel(
     norm,
     x,
     out,
+    copy,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -128,6 +133,7 @@ def gemv_kernel(
     BK: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
+    COPY: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -140,6 +146,7 @@ def gemv_kernel(
         norm,
         x,
         out,
+        copy,
         eps,
         N,
         K,
@@ -147,6 +154,7 @@ def gemv_kernel(
         BK,
         KIND,
         NORM,
+        COPY,
         SCALED,
         BIAS,
         PDL,
@@ -187,11 +195,13 @@ def gemv(
     norm: Tensor | None = None,
     scales: Tensor | None = None,
     bias: Tensor | None = None,
+    copy: Tensor | None = None,
     eps: float = 0.0,
     tiles: GemvTiles | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """out = x W^T (+ bias), or what `kind` says; with `norm`, of the normed x."""
+    """out = x W^T (+ bias), or what `kind` says; with `norm`, of the normed x. `copy` gets the
+    output too, in its own dtype."""
     num_rows, num_columns = out.shape[-1], x.shape[-1]
     tiles = tiles or GemvTiles.choose(num_rows, num_columns, kind)
     gemv_kernel[(triton.cdiv(num_rows, tiles.rows),)](
@@ -201,6 +211,7 @@ def gemv(
         weight if norm is None else norm,
         x,
         out,
+        out if copy is None else copy,
         eps,
         num_rows,
         num_columns,
@@ -208,6 +219,7 @@ def gemv(
         tiles.columns,
         kind,
         norm is not None,
+        copy is not None,
         scales is not None,
         bias is not None,
         pdl,

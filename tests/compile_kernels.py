@@ -17,8 +17,8 @@ from agentrt.kernels.skinny import SkinnyTiles, num_tiles, skinny_kernel
 
 DUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 POINTERS = {
-    "*bf16": "weight bias norm x out next_norm next_scaled qkv key_cache value_cache query_norm "
-    "key_norm prefix_out",
+    "*bf16": "weight bias norm x out copy next_norm next_scaled qkv key_cache value_cache "
+    "query_norm key_norm prefix_out",
     "*fp32": "scales squares next_squares partial cos sin peaks prefix_lse",
     "*i32": "counters tables slots positions starts tiles",
     "fp32": "eps scale",
@@ -61,7 +61,7 @@ def products(name, rows, columns, kind):
     shared = {"N": rows, "K": columns, "KIND": kind, "NORM": kind != ADD}
     shared |= {"SCALED": False, "BIAS": False, "PDL": True}
     gemv = GemvTiles.choose(rows, columns, kind)
-    constants = {**shared, "R": gemv.rows, "BK": gemv.columns}
+    constants = {**shared, "COPY": kind == ADD, "R": gemv.rows, "BK": gemv.columns}
     yield (
         f"gemv_{name}",
         compiled(gemv_kernel, constants, num_warps=gemv.num_warps, launch_pdl=True),

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = 232_448  # of one multiprocessor of an H100
-# This tile spills a little, and is still 6 % faster than the next best, which does not.
-MAX_STACK_BYTES = {"prefill_128_2048": 96}
+# These spill a little: the tile is still 6 % faster than the next best, which does not, and decode
+# attention spills outside of its loop only.
+MAX_STACK_BYTES = {"prefill_128_2048": 96, "decode_128": 64}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,8 @@ def test_what_a_predecessor_made_is_read_after_the_wait(
         assert wait, name
         assert "griddepcontrol.launch_dependents" in before, name
         assert "st.global" not in before, name
+        if name.startswith("decode"):  # the first keys and values are in registers
+            assert re.search(r"ld\.global\.cg\S*\.v4", before), name
         if name.startswith("skinny"):
             assert "cp.async.cg" not in before, name
             assert "cp.async.bulk.prefetch" in before, name

@@ -14,7 +14,7 @@ from agentrt.config import EngineConfig
 from agentrt.cuda_inputs import BlockTables
 from agentrt.decode_graph import FIELDS, DecodeGraphs, DecodeInputs
 from agentrt.kernels import Segment
-from agentrt.kernels.attention_decode import num_splits
+from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.mixed_graph import Layout, MixedGraphs, MixedWork
@@ -168,7 +168,7 @@ def decode(memory: Memory, first: list[int], second: list[int]) -> None:
     for name in FIELDS[:3]:
         inputs.get(name, 2).copy_(torch.tensor(given[name], dtype=torch.int32))
     inputs.starts(WIDTH).copy_(torch.tensor([0, 1, 2, 2, 2]))
-    assert num_splits(len(first)) == 1
+    assert num_tiles(len(first), 16) == 1
     before = memory.kv[:, :, 0].clone()
     with torch.inference_mode():
         logits = graphs.compute(WIDTH)

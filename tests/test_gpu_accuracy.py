@@ -144,7 +144,8 @@ def test_bfloat16(case: Case) -> None:
     with torch.inference_mode():
         theirs = relative_error(narrow(case.tokens[None]).logits[0], case.expected)
     logger.info("bf16 relative errors %s; of transformers in bf16 %.4f", errors, theirs)
-    assert max(errors.values()) < 1e-2
+    # A random net of 16 wide layers amplifies any rounding: there transformers' own is the measure.
+    assert max(errors.values()) < max(1e-2, 0.85 * theirs)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 64), (32, 8, 128), (9, 3, 64)])

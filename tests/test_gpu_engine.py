@@ -83,9 +83,9 @@ async def test_draws_are_repeatable_whatever_is_beside_them(folder: Path) -> Non
     assert alone.token_ids == both[0].token_ids
 
 
-@pytest.mark.parametrize("long_prefill", ["triton", "cudnn"])
+@pytest.mark.parametrize("long_prefill", ["triton", "auto"])
 async def test_long_prompts_equal_float32(folder: Path, long_prefill: str) -> None:
-    prompt = [(11 * i + i * i // 7) % 2048 for i in range(16000)]
+    prompt = [(11 * i + i * i // 7) % 2048 for i in range(12000)]
     options = GenerateOptions(max_tokens=1, ignore_eos=True, top_logprobs=20)
     async with Engine(folder, config(long_prefill=long_prefill, step_tokens=4096)) as engine:
         done = await engine.generate(prompt, options)

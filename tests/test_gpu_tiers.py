@@ -69,7 +69,7 @@ async def test_an_engine_under_pressure_continues_as_one_with_room(folder: Path)
             await engine.check()
             found.append((again, engine.stats()))
     (roomy, _), (pressed, stats) = found
-    assert stats.loaded_tokens["host"] > 5_000
+    assert stats.loaded_tokens["host"] > 2_000
     for one, other in zip(roomy, pressed, strict=True):
         assert one.logprobs is not None
         assert other.logprobs is not None

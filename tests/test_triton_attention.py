@@ -11,8 +11,7 @@ from agentrt.kernels.attention_decode import (
     DecodeRows,
     DecodeWork,
     decode_attention,
-    num_splits,
-    split_tokens,
+    num_tiles,
 )
 from agentrt.kernels.attention_prefill import (
     PrefillTiles,
@@ -81,11 +80,11 @@ def attend_decode(
     case: Case, qkv: torch.Tensor, slots: list[int], positions: list[int], num_programs: int = 7
 ) -> torch.Tensor:
     """Attention of rows, and their keys and values into case.kv."""
-    starts = [0]
+    made, starts = case.geometry, [0]
     for position in positions:
-        starts.append(starts[-1] + num_splits(position))
-    made = case.geometry
-    work = DecodeWork.allocate(64, 8, made.num_heads, made.num_kv_heads, made.head_dim, DEVICE)
+        starts.append(starts[-1] + num_tiles(position, made.head_dim))
+    dim = made.head_dim
+    work = DecodeWork.allocate(num_programs, 8, made.num_heads, made.num_kv_heads, dim, DEVICE)
     rows = DecodeRows(
         *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (slots, positions, starts)),
         case.tables,
@@ -101,8 +100,7 @@ def attend_decode(
         made.sin,
         norms=case.norms,
         eps=EPS,
-        num_programs=num_programs,
-        tile=(32, 2, 4),
+        num_stages=2,
     )
     assert not work.counters.any()
     return out
@@ -128,25 +126,23 @@ def test_decode(heads: int, kv_heads: int, dim: int, with_norm: bool, block_toke
     torch.testing.assert_close(case.kv, kv, rtol=2**-7, atol=2**-8)
 
 
-def test_decode_bits_do_not_depend_on_the_batch_or_the_programs() -> None:
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 5, 16, 64])
+def test_decode_is_shared_out_among_any_number_of_programs(num_programs: int) -> None:
+    """Rows of many tiles and of one, and more programs than tiles."""
     case = make(8, 2, 32, True)
-    slots, positions, first = [0, 1, 2], [900, 40, 600], 0
+    slots, positions, first = [0, 1, 2, 3], [900, 40, 127, 128], 0
     for slot, position in zip(slots, positions, strict=True):
         first += len(case.place(slot, first, position + 1))
-    qkv = torch.randn(3, 12 * 32).to(DEVICE, torch.bfloat16)
-    whole = attend_decode(case, qkv, slots, positions)
-    for num_programs in (1, 5, 64):
-        assert torch.equal(attend_decode(case, qkv, slots, positions, num_programs), whole)
-    for row in range(3):
-        alone = attend_decode(case, qkv[row : row + 1], [slots[row]], [positions[row]])
-        assert torch.equal(alone, whole[row : row + 1])
+    qkv = torch.randn(4, 12 * 32).to(DEVICE, torch.bfloat16)
+    alone = [attend_decode(case, qkv[i : i + 1], [slots[i]], [positions[i]], 1) for i in range(4)]
+    whole = attend_decode(case, qkv, slots, positions, num_programs)
+    assert relative_error(whole, torch.cat(alone)) < 2e-3
+    assert torch.equal(attend_decode(case, qkv, slots, positions, num_programs), whole)
 
 
-def test_splits_are_bounded() -> None:
-    assert [num_splits(position) for position in (0, 255, 256, 1023)] == [1, 1, 2, 4]
-    assert max(num_splits(position) for position in range(0, 200_000, 63)) <= 64
-    assert split_tokens(16_383) == 256
-    assert split_tokens(16_384) == 512
+def test_tiles_count_the_row_itself() -> None:
+    assert [num_tiles(position, 64) for position in (0, 127, 128, 1024)] == [1, 1, 2, 9]
+    assert [num_tiles(position, 128) for position in (0, 63, 64, 1024)] == [1, 1, 2, 17]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), HEADS)
