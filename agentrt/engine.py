@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio.to_thread
@@ -19,6 +19,7 @@ from attrs import evolve
 from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.errors import EngineClosed, Overloaded, PromptTooLong, RequestInvalid
 from agentrt.explain import MAX_ADMISSIONS, Explanation, explain
+from agentrt.guards import Guard, guarded_completion, guarded_prompt, guarded_stream
 from agentrt.metrics import Stats
 from agentrt.output import OutputText
 from agentrt.request import Request, check_options, prompt_array
@@ -26,7 +27,10 @@ from agentrt.session import Session
 from agentrt.session_store import SessionFile, SessionStore
 from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
+from agentrt.structured import output_form
 from agentrt.token_log import INLINE_CHARACTERS, check_text
+from agentrt.tool_runs import APPROVE_TIMEOUT_S, Approval, Approve
+from agentrt.turn import TurnRules
 from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
 
 if TYPE_CHECKING:
@@ -48,7 +52,8 @@ class Engine:
     back. Methods may be called from any task of the event loop that opened it.
 
     `model` is a folder in Hugging Face layout, a .gguf file, a registered name or org/name on a
-    hub. `progress(stage, done, total)` is called from a worker thread while loading.
+    hub. `progress(stage, done, total)` is called from a worker thread while loading. Guards see
+    every prompt and every output before anyone else does (see `agentrt.guards`).
     """
 
     def __init__(
@@ -57,7 +62,10 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         progress: Callable[[str, int, int], None] | None = None,
+        output_guards: Sequence[Guard] = (),
+        input_guards: Sequence[Guard] = (),
     ) -> None:
+        self.output_guards, self.input_guards = tuple(output_guards), tuple(input_guards)
         self.model = os.fspath(model)
         self.config = config or EngineConfig()
         self._progress = progress
@@ -106,40 +114,78 @@ class Engine:
 
     # ---- generation
 
-    async def generate(self, prompt: Prompt, options: GenerateOptions | None = None) -> Completion:
+    async def generate(
+        self, prompt: Prompt, options: GenerateOptions | None = None, *, output: Any = None
+    ) -> Completion:
         """Generate to the end. Text prompts are encoded as text: no template, no special tokens.
 
         With `options.n > 1` the further samples are in `completion.others`; where a seed is set,
-        sample i uses `seed + i`.
+        sample i uses `seed + i`. With `output` the text is held to that type, and the value is
+        `completion.value` (see `agentrt.structured`).
 
-        Raises RequestInvalid, PromptTooLong, Overloaded, EngineClosed or EngineFailed.
+        Raises RequestInvalid, PromptTooLong, Overloaded, EngineClosed, EngineFailed, OutputInvalid
+        where the output is not what `output` asks for, or GuardStopped.
         """
         options = options or GenerateOptions()
+        form = None if output is None else output_form(output)
+        if form is not None:
+            if options.grammar is not None:
+                raise RequestInvalid("output and options.grammar exclude each other: give one")
+            options = evolve(options, grammar=form.grammar)
+        if self.input_guards:
+            prompt = await self._guarded_prompt(prompt)
         ids = await self._prompt_ids(prompt)
         streams: list[TokenStream] = []
         try:
             for one in _samples(options):
                 stream = await self._submit(ids, one)
                 streams.append(stream)
-            first, *others = [await stream.collect() for stream in streams]
+            done = [await stream.collect() for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
-        if not others:
-            return first
-        return evolve(first, others=tuple(others))
+        if self.output_guards:
+            done = [await guarded_completion(each, self.output_guards) for each in done]
+        if form is not None:
+            done = [evolve(each, value=form.value(each.text)) for each in done]
+        first, *others = done
+        return evolve(first, others=tuple(others)) if others else first
 
-    async def stream(
+    def stream(
+        self, prompt: Prompt, options: GenerateOptions | None = None
+    ) -> AsyncGenerator[StreamEvent]:
+        """TextDelta events as tokens come, then Finished. Leaving the iterator cancels.
+
+        Raises as `generate` does; `options.n` must be 1. With output guards there are no token ids.
+        """
+        if self.input_guards or self.output_guards:
+            return self._guarded_stream(prompt, options)
+        return self.raw_stream(prompt, options)
+
+    async def _guarded_stream(
+        self, prompt: Prompt, options: GenerateOptions | None
+    ) -> AsyncGenerator[StreamEvent]:
+        raw = self.raw_stream(await self._guarded_prompt(prompt), options)
+        events = guarded_stream(raw, self.output_guards) if self.output_guards else raw
+        async with aclosing(raw), aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _guarded_prompt(self, prompt: Prompt) -> Prompt:
+        text = prompt if isinstance(prompt, str) else self._open.chat.decode(prompt)
+        shown = await guarded_prompt(text, self.input_guards)
+        return prompt if shown == text else shown
+
+    async def raw_stream(
         self,
         prompt: Prompt,
         options: GenerateOptions | None = None,
         *,
         is_rewritten: bool = False,
     ) -> AsyncGenerator[StreamEvent]:
-        """TextDelta events as tokens come, then Finished. Leaving the iterator cancels.
+        """`stream` without guards, for sessions, which ask them themselves.
 
         `is_rewritten` says that the prompt rewrites what an earlier one had: `explain` tells so.
-        Raises as `generate` does; `options.n` must be 1.
         """
         options = options or GenerateOptions()
         if options.n != 1:
@@ -152,6 +198,16 @@ class Engine:
         finally:
             stream.close()
 
+    async def prefill(self, token_ids: Sequence[int]) -> None:
+        """Compute a prompt's KV ahead of the request that will have it. Raises as `generate` does.
+
+        It costs one sampled token: the device has no step without one.
+        """
+        stream = await self._submit(
+            await self._prompt_ids(token_ids), GenerateOptions(max_tokens=1)
+        )
+        await stream.collect()
+
     def session(
         self,
         *,
@@ -160,14 +216,26 @@ class Engine:
         options: GenerateOptions | None = None,
         max_steps: int = 16,
         tool_choice: ToolChoice = "auto",
+        output: Any = None,
+        approve: Approve | None = None,
+        approve_timeout_s: float = APPROVE_TIMEOUT_S,
+        output_guards: Sequence[Guard] = (),
+        input_guards: Sequence[Guard] = (),
         id: str | None = None,
     ) -> Session:
         """A conversation with tools; use it as an async context manager (see Session).
+
+        `approve(call)` is awaited before a call runs: True lets it, a ToolCall runs in its place;
+        False, a text that the model reads, or no answer in time forbids it. The engine's guards
+        are asked before the session's.
 
         One with an `id` is saved after each turn: opened again, also after a restart, it goes on
         where it was, and its KV comes from the tiers. Its messages are then the saved ones, not
         `system`. Raises SessionBusy, when entered, if it is open in this engine already.
         """
+        approval = None
+        if approve is not None:
+            approval = Approval(approve=approve, timeout_s=approve_timeout_s)
         saved_as = None
         if id is not None:
             store = SessionStore(self.config.cache_dir / SESSIONS_FOLDER, self.config.namespace)
@@ -179,9 +247,15 @@ class Engine:
             self._open.chat,
             system=system,
             tools=tools,
-            options=options,
-            max_steps=max_steps,
-            tool_choice=tool_choice,
+            rules=TurnRules(
+                options=options or GenerateOptions(),
+                choice=tool_choice,
+                max_steps=max_steps,
+                output=None if output is None else output_form(output),
+                approval=approval,
+                output_guards=(*self.output_guards, *output_guards),
+                input_guards=(*self.input_guards, *input_guards),
+            ),
             saved_as=saved_as,
         )
 
@@ -201,6 +275,8 @@ class Engine:
             mover = scheduler.mover
             if mover is not None:
                 mover.tiers.forget(ids, keep_tokens, erase=erase)
+            if erase and scheduler.drafter is not None:
+                scheduler.drafter.forget(self.config.namespace)
             return scheduler.cache.forget(
                 ids, keep_tokens=keep_tokens, namespace=self.config.namespace
             )

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-import anyio
 import anyio.to_thread
 from attrs import evolve
 
 from agentrt.cache.evict import SessionState
+from agentrt.conversation import Conversation
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
-from agentrt.grammar_calls import text_without_calls
-from agentrt.grammar_calls import tool_calls as tool_call_grammar
+from agentrt.guards import Stop, guarded
 from agentrt.session_store import SavedSession, SessionFile
-from agentrt.token_log import INLINE_CHARACTERS, TokenLog, check_text
-from agentrt.tools import ToolSet, run_tool
+from agentrt.structured import output_form
+from agentrt.token_log import TokenLog, check_text
+from agentrt.tools import ToolSet
+from agentrt.turn import Turn, TurnRules
 from agentrt.types import (
-    Completion,
-    Finished,
-    GenerateOptions,
     Message,
     Reply,
     SessionEvent,
-    Step,
-    TextDelta,
-    ToolCall,
-    ToolCallArguments,
     ToolChoice,
-    ToolResult,
     TurnFinished,
-    TurnReason,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +39,8 @@ class Session:
 
     With `tool_choice="required"` a turn begins with at least one tool call; after the results the
     model is free again, so that it can answer. With "once" a turn is exactly one call and then an
-    answer in text: small models call again and again if they may.
+    answer in text: small models call again and again if they may. With `output` the answer is a
+    value of that type (see `agentrt.structured`), else text.
     """
 
     def __init__(
@@ -58,30 +50,23 @@ class Session:
         *,
         system: str | None,
         tools: Sequence[Any],
-        options: GenerateOptions | None,
-        max_steps: int,
-        tool_choice: ToolChoice,
+        rules: TurnRules,
         saved_as: SessionFile | None = None,
     ) -> None:
-        if max_steps < 1:
-            raise RequestInvalid(f"max_steps must be at least 1, got {max_steps}")
+        if rules.max_steps < 1:
+            raise RequestInvalid(f"max_steps must be at least 1, got {rules.max_steps}")
         if chat.tokenizer is None or chat.template is None:
             raise RequestInvalid("this model has no chat template: use generate with token ids")
         self._engine = engine
         self._chat = chat
         self.tools = ToolSet(tools)
-        self.max_steps = max_steps
-        self.options = options or GenerateOptions()
-        self.tool_choice = tool_choice
+        self.rules = rules
         self._check_options()
-        self.messages: list[Message] = []
+        self._conversation = Conversation(chat, self.tools, TokenLog(chat.tokenizer))
         if system is not None:
             check_text(system)
             self.messages.append(Message(role="system", content=system))
-        self._log = TokenLog(chat.tokenizer)
         self._file = saved_as
-        self._num_calls = 0
-        self._rewrites_seen = 0
         self._busy = False
         self._closed = False
 
@@ -110,7 +95,8 @@ class Session:
     def _restore(self, saved: SavedSession) -> None:
         """Go on from what was saved. Another model reads the messages anew."""
         assert self._file is not None
-        self.messages, self._num_calls = list(saved.messages), saved.num_calls
+        conversation = self._conversation
+        conversation.messages, conversation.num_calls = list(saved.messages), saved.num_calls
         if saved.model_digest == self._file.model_digest:
             self._log.restore(saved.ids, saved.text, saved.marks)
 
@@ -119,7 +105,7 @@ class Session:
         if self._file is not None:
             saved = SavedSession(
                 messages=tuple(self.messages),
-                num_calls=self._num_calls,
+                num_calls=self._conversation.num_calls,
                 model_digest=self._file.model_digest,
                 ids=tuple(self._log.ids),
                 text=self._log.text,
@@ -132,25 +118,47 @@ class Session:
         """The token log: all that the model has read or written, as it was."""
         return tuple(self._log.ids)
 
-    async def run(self, text: str, *, tool_choice: ToolChoice | None = None) -> Reply:
-        """Send a user message and go through the whole tool loop. `tool_choice` is for this turn.
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far."""
+        return self._conversation.messages
 
-        Raises SessionBusy while another turn runs, and what `Engine.generate` raises.
+    @property
+    def _log(self) -> TokenLog:
+        return self._conversation.log
+
+    async def run(
+        self, text: str, *, tool_choice: ToolChoice | None = None, output: Any = None
+    ) -> Reply:
+        """Send a user message and go through the whole tool loop. `tool_choice` and `output` are
+        for this turn.
+
+        Raises SessionBusy while another turn runs, OutputInvalid where the answer is not what
+        `output` asks for, and what `Engine.generate` raises.
         """
-        steps: list[Step] = []
+        turn = self._new_turn(tool_choice, output)
         end: TurnFinished | None = None
-        async for event in self._turn(text, steps, tool_choice):
-            if isinstance(event, TurnFinished):
-                end = event
+        async with aclosing(self._turn(text, turn)) as events:
+            async for event in events:
+                if isinstance(event, TurnFinished):
+                    end = event
         assert end is not None
-        return Reply(text=end.text, finish_reason=end.finish_reason, steps=tuple(steps))
+        return Reply(
+            text=end.text,
+            finish_reason=end.finish_reason,
+            steps=tuple(turn.steps),
+            reason=end.reason,
+            reasoning=end.reasoning,
+            value=end.value,
+        )
 
     async def stream(
-        self, text: str, *, tool_choice: ToolChoice | None = None
+        self, text: str, *, tool_choice: ToolChoice | None = None, output: Any = None
     ) -> AsyncGenerator[SessionEvent]:
-        """The same, as events: TextDelta, ToolCallStarted, ToolCallArguments, ToolResult, and
-        TurnFinished last. Leaving the iterator cancels the turn."""
-        async with aclosing(self._turn(text, [], tool_choice)) as events:
+        """The same, as events: TextDelta, ReasoningDelta, ToolCallStarted, ToolCallDelta,
+        ToolCallArguments, ToolResult, and TurnFinished last. Leaving the iterator cancels the
+        turn. Guards are asked before anything is handed out; then there are no token ids."""
+        async with aclosing(self._turn(text, self._new_turn(tool_choice, output))) as events:
             async for event in events:
                 yield event
 
@@ -180,50 +188,32 @@ class Session:
                 await anyio.to_thread.run_sync(self._file.erase)
         finally:
             self._busy = False
-        self.messages.clear()
         assert self._chat.tokenizer is not None
-        self._log = TokenLog(self._chat.tokenizer)
+        empty = TokenLog(self._chat.tokenizer)
+        self._conversation = Conversation(self._chat, self.tools, empty)
 
     def _copy(self) -> Session:
         twin = Session(
-            self._engine,
-            self._chat,
-            system=None,
-            tools=tuple(self.tools),
-            options=self.options,
-            max_steps=self.max_steps,
-            tool_choice=self.tool_choice,
+            self._engine, self._chat, system=None, tools=tuple(self.tools), rules=self.rules
         )
-        twin.messages = list(self.messages)
-        twin._log = self._log.copy()
-        twin._num_calls = self._num_calls
+        twin._conversation = self._conversation.copy()
         return twin
 
     def _check_options(self) -> None:
-        if self.options.n != 1:
+        if self.rules.options.n != 1:
             raise RequestInvalid("n must be 1 in a session: fork it to sample several answers")
-        if self.tools and self.options.grammar is not None:
+        if self.tools and self.rules.options.grammar is not None:
             raise RequestInvalid("a session with tools has a grammar of its own: leave grammar out")
-        self._check_choice(self.tool_choice)
+        self._check_rules(self.rules)
 
-    def _check_choice(self, choice: ToolChoice) -> None:
+    def _check_rules(self, rules: TurnRules) -> None:
+        choice = rules.choice
         if choice not in get_args(ToolChoice):
             raise RequestInvalid(f"tool_choice is 'auto', 'required' or 'once', got {choice!r}")
         if choice != "auto" and not self.tools:
             raise RequestInvalid(f"tool_choice={choice!r} needs a session with tools")
-
-    def _step_options(self, choice: ToolChoice, *, first: bool) -> GenerateOptions:
-        """The options of one generation: with tools, the grammar of one that may or must call."""
-        if not self.tools:
-            return self.options
-        chat, form = self._chat, self._chat.call_format
-        if choice == "once" and not first:
-            shape = chat.turn_shape(self._log.text)
-            return evolve(self.options, grammar=text_without_calls(form, shape))
-        required, parallel = first and choice != "auto", choice != "once"
-        shape = chat.turn_shape(self._log.text, required=required, parallel=parallel)
-        grammar = tool_call_grammar(self.tools, form, shape)
-        return evolve(self.options, grammar=grammar)
+        if rules.output is not None and rules.options.grammar is not None:
+            raise RequestInvalid("output and options.grammar exclude each other: give one of them")
 
     def _refuse_busy(self) -> None:
         if self._closed:
@@ -231,19 +221,28 @@ class Session:
         if self._busy:
             raise SessionBusy("the session runs a turn already: await it, or fork the session")
 
-    async def _turn(
-        self, text: str, steps: list[Step], tool_choice: ToolChoice | None
-    ) -> AsyncGenerator[SessionEvent]:
+    def _new_turn(self, tool_choice: ToolChoice | None, output: Any) -> Turn:
+        rules = self.rules
+        if tool_choice is not None:
+            rules = evolve(rules, choice=tool_choice)
+        if output is not None:
+            rules = evolve(rules, output=output_form(output))
+        self._check_rules(rules)
+        return Turn(self._engine, self._conversation, rules)
+
+    async def _turn(self, text: str, turn: Turn) -> AsyncGenerator[SessionEvent]:
         self._refuse_busy()
-        choice = self.tool_choice if tool_choice is None else tool_choice
-        self._check_choice(choice)
         check_text(text)
-        before = list(self.messages), self._log.copy(), self._num_calls
+        before = self._conversation.copy()
         self._engine.mark(self._log.ids, SessionState.RUNNING)
         self._busy, complete = True, False
         try:
-            self.messages.append(Message(role="user", content=text))
-            async with aclosing(self._steps(steps, choice)) as events:
+            shown, stopped = await guarded(text, turn.rules.input_guards, "user")
+            if stopped is not None:
+                yield _refused(stopped)
+                return
+            self.messages.append(Message(role="user", content=shown))
+            async with aclosing(turn.run()) as events:
                 async for event in events:
                     if isinstance(event, TurnFinished):
                         await self._save()
@@ -251,89 +250,13 @@ class Session:
                     yield event
         except BaseException:
             if not complete:  # leaving at the last event leaves a whole turn
-                self.messages, self._log, self._num_calls = before
+                self._conversation.take_back(before)
             raise
         finally:
             self._busy = False
             self._engine.mark(self._log.ids, SessionState.IDLE)
 
-    async def _steps(self, steps: list[Step], choice: ToolChoice) -> AsyncGenerator[SessionEvent]:
-        """Generate, run the tools that were called, and again, until no tool is called."""
-        while True:
-            await self._render()
-            calls: list[ToolCall] = []
-            completion: Completion | None = None
-            options = self._step_options(choice, first=not steps)
-            async with aclosing(self._generate(options)) as events:
-                async for event in events:
-                    if isinstance(event, Finished):
-                        completion = event.completion
-                        continue
-                    if isinstance(event, ToolCallArguments):
-                        calls.append(event.call)
-                    yield event
-            assert completion is not None
-            self._note(completion, len(calls))
-            results = await self._run_tools(calls)
-            for result in results:
-                yield result
-            steps.append(Step(completion=completion, results=results))
-            if not calls or len(steps) >= self.max_steps:
-                yield TurnFinished(completion.text, _reason(completion, calls), len(steps))
-                return
 
-    async def _render(self) -> None:
-        """Bring the log up to the messages; long new text is encoded in a worker thread."""
-        rendered, log = self._chat.render(self.messages, self.tools), self._log
-        if len(rendered) - len(log.text) <= INLINE_CHARACTERS:
-            log.update(rendered)
-        else:
-            await anyio.to_thread.run_sync(log.update, rendered)
-
-    async def _generate(self, options: GenerateOptions) -> AsyncGenerator[SessionEvent | Finished]:
-        """One generation: its text without tool calls, its tool calls, and Finished last."""
-        scanner = self._chat.parser(self._log.text, self.tools, self._num_calls)
-        rewrites, self._rewrites_seen = self._log.rewrites - self._rewrites_seen, self._log.rewrites
-        stream = self._engine.stream(tuple(self._log.ids), options, is_rewritten=rewrites > 0)
-        async with aclosing(stream) as events:
-            async for event in events:
-                last = isinstance(event, Finished)
-                ids = () if isinstance(event, Finished) else event.token_ids
-                text = "" if isinstance(event, Finished) else event.text
-                for part in scanner.flush() if last else scanner.push(text):
-                    yield TextDelta(part, ids) if isinstance(part, str) else part
-                if last:
-                    yield event
-
-    def _note(self, completion: Completion, num_calls: int) -> None:
-        """Append what was generated: ids as they are, text as the template will show it."""
-        self.messages.append(Message(role="assistant", content=completion.text))
-        last = completion.token_ids[-1] if completion.token_ids else None
-        ended = last if last in self._chat.eos_token_ids else None
-        self._log.append_generated(completion.token_ids, self._chat.shown(completion.text, ended))
-        self._num_calls += num_calls
-
-    async def _run_tools(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
-        """Run the calls concurrently; results and their messages are in the order of the calls."""
-        results: dict[str, ToolResult] = {}
-
-        async def run(call: ToolCall) -> None:
-            async with self.tool_pause(call.name):
-                results[call.id] = await run_tool(self.tools, call, clock=time.monotonic)
-
-        async with anyio.create_task_group() as group:
-            for call in calls:
-                group.start_soon(run, call)
-        ordered = tuple(results[call.id] for call in calls)
-        for result in ordered:
-            name, call_id = result.call.name, result.call.id
-            self.messages.append(
-                Message(role="tool", content=result.content, name=name, tool_call_id=call_id)
-            )
-        return ordered
-
-
-def _reason(completion: Completion, calls: Sequence[ToolCall]) -> TurnReason:
-    if calls:
-        return "max_steps"
-    return "length" if completion.finish_reason == "length" else "stop"
+def _refused(stopped: Stop) -> TurnFinished:
+    """The end of a turn whose message a guard stopped: the conversation is as it was."""
+    return TurnFinished("", "guard", 0, reason=stopped.reason)

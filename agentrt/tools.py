@@ -8,7 +8,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing
 from decimal import Decimal
 from enum import Enum
 from functools import partial
@@ -43,8 +44,10 @@ def _check_timeout(tool: Tool, _: Attribute[float | None], value: float | None) 
 class Tool:
     """A function with the name, description and JSON schema that the model sees.
 
-    Calling it calls the function. `idempotent` says that a repeated call does no harm, `timeout_s`
-    when a call is given up.
+    Calling it calls the function. `timeout_s` says when a call is given up. `idempotent` says
+    whether a repeated call does no harm: where it is False, a call starts only once the model's
+    turn is complete, else as soon as its arguments are. An async generator's results are joined,
+    and read by the model's prefill as they come (`streams`).
     """
 
     name: str = field(validator=_check_name)
@@ -53,7 +56,8 @@ class Tool:
     function: Callable[..., Any] = field(repr=False)
     timeout_s: float | None = field(default=None, validator=_check_timeout)
     is_async: bool = False
-    idempotent: bool = False
+    idempotent: bool | None = None
+    streams: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -80,7 +84,7 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     timeout_s: float | None = None,
-    idempotent: bool = False,
+    idempotent: bool | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
 
@@ -91,7 +95,7 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     timeout_s: float | None = None,
-    idempotent: bool = False,
+    idempotent: bool | None = None,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Makes a sync or async function, or a method, a tool: `@tool` or `@tool(timeout_s=5)`.
 
@@ -116,7 +120,7 @@ def _make_tool(
     name: str | None,
     description: str | None,
     timeout_s: float | None,
-    idempotent: bool,
+    idempotent: bool | None,
 ) -> Tool:
     if not callable(function) or inspect.isclass(function):
         raise ToolInvalid(f"a tool is a function or a bound method, got {function!r}")
@@ -129,12 +133,18 @@ def _make_tool(
         timeout_s=timeout_s,
         is_async=_is_async(function),
         idempotent=idempotent,
+        streams=_streams(function),
     )
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
     call = getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _streams(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 - an object with such a __call__
+    return inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(call)
 
 
 def as_tool(candidate: Tool | Callable[..., Any]) -> Tool:
@@ -186,19 +196,29 @@ class ToolSet:
         return next((each for each in self.tools if each.name == name), None)
 
 
-async def run_tool(tools: ToolSet, call: ToolCall, *, clock: Callable[[], float]) -> ToolResult:
+async def run_tool(
+    tools: ToolSet,
+    call: ToolCall,
+    *,
+    clock: Callable[[], float],
+    grown: Callable[[str], None] | None = None,
+) -> ToolResult:
     """Runs one call, and never raises for what the model or the tool did wrong.
+
+    `grown` is told the result so far of a tool that streams, whenever there is more.
 
     An unknown name, arguments that do not fit, an exception and a timeout give an error result that
     tells the model. A sync function runs in a worker thread; when the call times out or is
     cancelled, that thread is left to end by itself, since Python cannot stop it.
     """
     started_s = clock()
-    text, is_error = await _outcome(tools, call)
+    text, is_error = await _outcome(tools, call, grown)
     return ToolResult(call, _encodable(text), is_error, clock() - started_s)
 
 
-async def _outcome(tools: ToolSet, call: ToolCall) -> tuple[str, bool]:
+async def _outcome(
+    tools: ToolSet, call: ToolCall, grown: Callable[[str], None] | None
+) -> tuple[str, bool]:
     found = tools.get(call.name)
     if found is None:
         known = ", ".join(tools.names) or "none"
@@ -209,6 +229,8 @@ async def _outcome(tools: ToolSet, call: ToolCall) -> tuple[str, bool]:
         return f"Error: {error}", True
     try:
         with anyio.move_on_after(found.timeout_s):
+            if found.streams:
+                return await _collect(found.function(**arguments), grown), False
             return result_text(await _invoke(found, arguments)), False
     except Exception as error:
         message = str(error)
@@ -223,6 +245,16 @@ async def _invoke(tool: Tool, arguments: dict[str, Any]) -> Any:
     )
     # a sync function may also hand back a coroutine: a lambda around an async one does
     return await result if inspect.isawaitable(result) else result
+
+
+async def _collect(parts: AsyncGenerator[Any], grown: Callable[[str], None] | None) -> str:
+    text = ""
+    async with aclosing(parts):
+        async for part in parts:
+            text += result_text(part)
+            if grown is not None:
+                grown(_encodable(text))
+    return text
 
 
 def result_text(value: Any) -> str:

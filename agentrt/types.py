@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Role = Literal["system", "user", "assistant", "tool"]
 TierName = Literal["device", "host", "disk"]
 ToolChoice = Literal["auto", "required", "once"]
-TurnReason = Literal["stop", "length", "max_steps"]
+TurnReason = Literal["stop", "length", "max_steps", "guard"]
 
 
 def _within(low: float, high: float, *, open_low: bool = False):  # type: ignore[no-untyped-def]
@@ -129,7 +129,8 @@ class Usage:
 
 @frozen(kw_only=True)
 class Completion:
-    """One finished generation. `others` holds the further samples where `n > 1`."""
+    """One finished generation. `others` holds the further samples where `n > 1`, `value` what was
+    asked for with `output`."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -138,6 +139,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
     others: tuple[Completion, ...] = ()
+    value: Any = None
 
 
 @frozen
@@ -218,11 +220,18 @@ class ToolResult:
 
 @frozen
 class TurnFinished:
-    """The last event of `Session.stream`: the model answered without a call, or hit a limit."""
+    """The last event of `Session.stream`: the model answered without a call, or hit a limit.
+
+    `reason` is what a guard said that stopped the turn, `reasoning` what the model thought on the
+    way, `value` what was asked for with `output`, where the model came to answer.
+    """
 
     text: str
     finish_reason: TurnReason
     steps: int
+    reason: str = ""
+    reasoning: str = ""
+    value: Any = None
 
 
 StreamEvent = TextDelta | Finished
@@ -247,8 +256,15 @@ class Step:
 
 @frozen(kw_only=True)
 class Reply:
-    """What `Session.run` returns: the last text, and every step on the way."""
+    """What `Session.run` returns: the last text, and every step on the way.
+
+    `reason` is what a guard said that stopped the turn, `reasoning` what the model thought on the
+    way, `value` what was asked for with `output`, where the model came to answer.
+    """
 
     text: str
     finish_reason: TurnReason
     steps: tuple[Step, ...]
+    reason: str = ""
+    reasoning: str = ""
+    value: Any = None

@@ -22,6 +22,7 @@ from agentrt import (
     tool,
 )
 from agentrt.errors import EngineClosed, EngineFailed, RequestInvalid, SessionBusy, ToolInvalid
+from agentrt.turn import Turn
 
 PLENTY = GenerateOptions(max_tokens=400)
 
@@ -200,7 +201,9 @@ async def test_several_calls_run_at_the_same_time(tokenizer, template):
         assert len({result.call.id for result in reply.steps[0].results}) == 4
 
 
-async def test_what_goes_wrong_in_a_tool_is_a_message_for_the_model(tokenizer, template):
+async def test_what_goes_wrong_in_a_tool_is_a_message_for_the_model(
+    tokenizer, template, monkeypatch
+):
     texts = [
         call_text("fail", '{"reason": "no luck"}'),
         call_text("wait_for_ever", "{}"),
@@ -210,7 +213,7 @@ async def test_what_goes_wrong_in_a_tool_is_a_message_for_the_model(tokenizer, t
     ]
     async with scripted(tokenizer, template, texts) as engine:
         session = engine.session(tools=[fail, wait_for_ever, add], options=PLENTY)
-        session._step_options = lambda *_, **__: PLENTY  # no grammar: the model may err
+        monkeypatch.setattr(Turn, "step_options", lambda *_, **__: PLENTY)  # the model may err
         reply = await session.run("go")
         failed, late, unknown, misfit = tool_messages(session)
         assert "KeyError" in failed
@@ -384,7 +387,7 @@ async def test_forks_share_the_cache_and_go_their_own_ways(tokenizer, template):
         assert len({session.token_ids for session in [parent, *children]}) == 3
         assert [len(s.messages) for s in [parent, *children]] == [5, 5, 5]
         assert children[0].tools.names == ("add",)
-        assert children[0].max_steps == 5
+        assert children[0].rules.max_steps == 5
 
 
 async def test_erase_drops_the_log_and_its_kv(tokenizer, template):

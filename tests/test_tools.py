@@ -58,7 +58,7 @@ async def run(
 
 def test_the_decorator_reads_the_function_and_its_options() -> None:
     assert (double.name, double.description) == ("double", "Doubles a number.")
-    assert (double.timeout_s, double.is_async, double.idempotent) == (None, False, False)
+    assert (double.timeout_s, double.is_async, double.idempotent) == (None, False, None)
     assert (wait.name, wait.description) == ("wait-for", "Waits.")
     assert (wait.timeout_s, wait.is_async, wait.idempotent) == (0.05, True, True)
     assert double.schema() == {
