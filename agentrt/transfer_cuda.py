@@ -16,6 +16,7 @@ from torch import Tensor
 from agentrt.mover import Part
 
 READY_SLABS = 64  # of 64 MiB: what one long conversation of an 8B model keeps
+NUM_MAKERS = 4  # touching pages is what takes the time, and the system does it side by side
 
 
 def allocate_pinned(num_bytes: int) -> Any:
@@ -31,7 +32,7 @@ def allocate_pinned(num_bytes: int) -> Any:
     array = np.frombuffer(memory, dtype=np.uint8)
     array[:: mmap.PAGESIZE] = 0
     address = array.ctypes.data
-    status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+    status = _runtime().cudaHostRegister(address, num_bytes, 0)
     if status.value != 0:
         raise MemoryError(f"the driver cannot lock {num_bytes} bytes: {status}")
     weakref.finalize(array, _unlock, address, memory)
@@ -40,12 +41,16 @@ def allocate_pinned(num_bytes: int) -> Any:
 
 def _unlock(address: int, memory: mmap.mmap) -> None:
     """`memory` is an argument so that it outlives the array."""
-    torch.cuda.cudart().cudaHostUnregister(address)
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 @define(eq=False)
 class PinnedSlabs:
-    """Makes page-locked slabs ahead of need, in a thread that ends when enough are ready: the step
+    """Makes page-locked slabs ahead of need, in threads that end when enough are ready: the step
     thread, which asks for them, would wait 50 ms for each.
 
     Owns the slabs that nobody has asked for yet; there are never more than `most_bytes` of all.
@@ -54,36 +59,62 @@ class PinnedSlabs:
     slab_bytes: int
     most_bytes: int
     _ready: deque[Any] = field(factory=deque, init=False)
-    _num_made: int = field(default=0, init=False)
-    _maker: threading.Thread | None = field(default=None, init=False)
+    _num_made: int = field(default=0, init=False)  # or begun
+    _num_begun: int = field(default=0, init=False)  # by makers, and not ready yet
+    _makers: list[threading.Thread] = field(factory=list, init=False)
+    _changed: threading.Condition = field(factory=threading.Condition, init=False)
 
     def allocate(self, num_bytes: int) -> Any:
         """A slab: of `slab_bytes`, but for the last one of a budget."""
-        if num_bytes != self.slab_bytes or not self._ready:
-            self._num_made += 1
-            return allocate_pinned(num_bytes)
-        slab = self._ready.popleft()
-        if len(self._ready) < READY_SLABS // 2:
+        slab = None
+        with self._changed:
+            if num_bytes == self.slab_bytes:  # one that is begun comes sooner than another
+                self._changed.wait_for(lambda: self._ready or not self._num_begun)
+            if num_bytes == self.slab_bytes and self._ready:
+                slab = self._ready.popleft()
+            else:
+                self._num_made += 1
+            is_low = len(self._ready) < READY_SLABS // 2
+        if is_low:
             self.make_ahead()
-        return slab
+        return allocate_pinned(num_bytes) if slab is None else slab
 
     def make_ahead(self) -> None:
-        """Have READY_SLABS ready, as far as the budget goes."""
-        if self._maker is None or not self._maker.is_alive():
+        """Have READY_SLABS ready soon, as far as the budget goes."""
+        if not any(maker.is_alive() for maker in self._makers):
             device = torch.cuda.current_device()
-            self._maker = threading.Thread(target=self._make, args=(device,))
-            self._maker.start()
+            self._makers = [
+                threading.Thread(target=self._make, args=(device,), name="agentrt-pin")
+                for _ in range(NUM_MAKERS)
+            ]
+            for maker in self._makers:
+                maker.start()
 
     def _make(self, device: int) -> None:
         torch.cuda.set_device(device)
-        while len(self._ready) < READY_SLABS:
-            if (self._num_made + 1) * self.slab_bytes > self.most_bytes:
-                return
+        while self._begin():
             try:
-                self._ready.append(allocate_pinned(self.slab_bytes))
-            except MemoryError:
-                return  # whoever asks next gets the error
+                slab = allocate_pinned(self.slab_bytes)
+            except MemoryError:  # whoever asks next gets the error
+                with self._changed:
+                    self._num_begun -= 1
+                    self._num_made -= 1
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._num_begun -= 1
+                self._ready.append(slab)
+                self._changed.notify_all()
+
+    def _begin(self) -> bool:
+        """Whether one more is wanted, which is then counted as made."""
+        with self._changed:
+            has_room = (self._num_made + 1) * self.slab_bytes <= self.most_bytes
+            if not has_room or len(self._ready) + self._num_begun >= READY_SLABS:
+                return False
             self._num_made += 1
+            self._num_begun += 1
+            return True
 
 
 @define(eq=False)

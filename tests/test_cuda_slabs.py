@@ -1,0 +1,72 @@
+"""Page-locked slabs made ahead of need; the memory itself is ordinary here."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentrt import transfer_cuda
+from agentrt.transfer_cuda import READY_SLABS, PinnedSlabs
+
+SLAB = 1000
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that made slabs."""
+    names: list[str] = []
+
+    def allocate(num_bytes: int) -> Any:
+        names.append(threading.current_thread().name)
+        return np.zeros(num_bytes, dtype=np.uint8)
+
+    monkeypatch.setattr(transfer_cuda, "allocate_pinned", allocate)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return names
+
+
+def wait(slabs: PinnedSlabs) -> None:
+    for maker in slabs._makers:
+        maker.join(10)
+        assert not maker.is_alive()
+
+
+def test_slabs_are_ready_before_they_are_asked_for(made: list[str]) -> None:
+    slabs = PinnedSlabs(SLAB, 1000 * SLAB)
+    slabs.make_ahead()
+    wait(slabs)
+    assert len(made) == READY_SLABS
+    taken = [slabs.allocate(SLAB) for _ in range(READY_SLABS // 2 + 1)]
+    wait(slabs)
+    assert len({id(slab) for slab in taken}) == len(taken)
+    assert len(slabs._ready) == READY_SLABS
+    assert threading.current_thread().name not in made
+
+
+def test_all_slabs_together_stay_within_the_budget(made: list[str]) -> None:
+    slabs = PinnedSlabs(SLAB, 10 * SLAB + 300)
+    slabs.make_ahead()
+    wait(slabs)
+    assert len(made) == 10
+    sizes = [slabs.allocate(SLAB).nbytes for _ in range(10)] + [slabs.allocate(300).nbytes]
+    wait(slabs)
+    assert sizes == [SLAB] * 10 + [300]
+    assert len(made) == 11
+    assert not slabs._ready
+
+
+def test_a_driver_that_refuses_is_heard_by_who_asks(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(num_bytes: int) -> Any:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(transfer_cuda, "allocate_pinned", refuse)
+    slabs = PinnedSlabs(SLAB, 10 * SLAB)
+    slabs.make_ahead()
+    wait(slabs)
+    with pytest.raises(MemoryError):
+        slabs.allocate(SLAB)
