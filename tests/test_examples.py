@@ -70,6 +70,16 @@ def test_quickstart_calls_its_tool_and_answers_from_the_result(run_example: Call
     assert "May 20" in answer
 
 
+def test_the_guarded_agent_shows_nothing_that_is_private(run_example: Callable[[str], str]):
+    said = run_example("guarded_agent.py")
+    lines = [line.split("|", 1)[1].strip() for line in said.splitlines()]
+    assert lines[0] == "Ada writes from [e-mail] and logs in with [key]."
+    assert "My mail is [e-mail]. Please repeat my mail." in lines
+    assert not re.search(r"\w@\w|sk-live|\d+[ -]?mg", said)
+    assert "Please ask a doctor about that." in said
+    assert lines[-1] == "we do not talk about weapons"
+
+
 @pytest.mark.timeout(300)  # 5 s on two cores with nothing else to do
 def test_airline_agents_serve_their_customers(run_example: Callable[[str], str]):
     dialogue, cost, changes = run_example("airline_agent.py").split("\n\n")
