@@ -89,7 +89,10 @@ def open_tiers(
         Rates(PREFILL_S_PER_TOKEN[device]),
         overlaps=device == "cuda",
         namespace=config.namespace,
+        demotes=disk is None and device == "cpu" and config.eviction == "worth",
     )
+    if mover.demotes:
+        cache.on_evict(mover.evicted)
     owner.append(tiers)
     return OpenTiers(mover, disk, problem)
 

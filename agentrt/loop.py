@@ -171,8 +171,19 @@ class Loop:
         self._flush()
         return not closed
 
+    def _move_blocks(self) -> None:
+        """Copy what the device evicts out of its blocks, before anything is written there."""
+        mover = self.scheduler.mover
+        if mover is None or self.transfers is None:
+            return
+        for demotion in mover.take_demotions():
+            self.transfers.save_now(demotion)
+        if copies := mover.take_copies():
+            self.runner.copy(copies)
+
     def _start_transfers(self) -> None:
         """Hand over what was planned. What must be copied inside the pool was copied before."""
+        self._move_blocks()
         if self.scheduler.mover is not None and self.transfers is not None:
             for job in self.scheduler.mover.drain():
                 self.transfers.submit(job)
@@ -194,6 +205,7 @@ class Loop:
             self._lock.notify()
 
     def _run_deferred(self) -> None:
+        self._move_blocks()  # else what one of these wipes would come back
         ready = [deferred for deferred in self._deferred if not deferred.jobs]
         self._deferred = [deferred for deferred in self._deferred if deferred.jobs]
         for deferred in ready:
@@ -251,6 +263,7 @@ class Loop:
         """
         begin = self.clock()
         plan = self.scheduler.plan(begin)
+        self._move_blocks()
         if plan.copies:
             self.runner.copy(plan.copies)
         self._start_transfers()

@@ -15,10 +15,10 @@ from agentrt.request import Load
 from agentrt.types import TierName
 
 if TYPE_CHECKING:
-    from agentrt.cache import Lease, PrefixCache
+    from agentrt.cache import Copy, Lease, PrefixCache
     from agentrt.cache.chunk import Chunk, StoredPrefix
     from agentrt.cache.lower import LowerTiers
-    from agentrt.cache.node import TokenArray
+    from agentrt.cache.node import Evicted, TokenArray
     from agentrt.cache.tier import Record
 
 # What a load brought, by tier, or None if it failed; and the time.
@@ -65,6 +65,14 @@ class Job:
         return counts
 
 
+@frozen
+class Demotion:
+    """What the device evicted: to be copied before anything else is copied or computed."""
+
+    parts: tuple[Part, ...]
+    block_ids: tuple[int, ...]  # of the path
+
+
 @define(eq=False)
 class Mover:
     """Owned by the step thread. Jobs in flight hold their blocks and pin their chunks."""
@@ -76,7 +84,10 @@ class Mover:
     namespace: str
     loaded_tokens: dict[str, int] = field(factory=lambda: {"host": 0, "disk": 0})
     failed_loads: int = 0
+    demotes: bool = False  # whether a tier takes what the device evicts, and not each turn's end
     _planned: list[Job] = field(factory=list, init=False)
+    _demoted: list[Demotion] = field(factory=list, init=False)
+    _copies: list[Copy] = field(factory=list, init=False)
     _in_flight: set[Job] = field(factory=set, init=False)
 
     def drain(self) -> list[Job]:
@@ -97,30 +108,63 @@ class Mover:
 
     def save(self, lease: Lease, token_ids: TokenArray, now: float) -> None:
         """Plan to save what of this log no lower tier has; the lease may be released after."""
-        chunks = self.tiers.begin_save(token_ids, now)
+        chunks = [] if self.demotes else self.tiers.begin_save(token_ids, now)
         if not chunks:
             return
-        parts = [
-            Part(
-                start=chunk.start,
-                num_tokens=len(chunk.token_ids),
-                first=chunk.start,
-                end=chunk.end,
-                view=self.tiers.slot_view(chunk),
-            )
-            for chunk in chunks
-        ]
         self._planned.append(
             Job(
                 is_load=False,
-                parts=tuple(parts),
+                parts=tuple(self._whole(chunk) for chunk in chunks),
                 chunks=tuple(chunks),
                 block_ids=tuple(lease.block_ids),
                 lease=self.cache.share(lease),
             )
         )
 
+    def evicted(self, evicted: Evicted, now: float) -> None:
+        """Plan to keep what the device must let go of."""
+        chunks = self.tiers.take_evicted(evicted, now)
+        if chunks:
+            parts = tuple(self._whole(chunk) for chunk in chunks)
+            self._demoted.append(Demotion(parts, tuple(evicted.block_ids)))
+
+    def take_demotions(self) -> list[Demotion]:
+        """What must be copied now, in this order."""
+        demoted, self._demoted = self._demoted, []
+        return demoted
+
+    def take_copies(self) -> list[Copy]:
+        """What must be copied next, inside the device's pool."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def keep(self, token_ids: TokenArray) -> tuple[Chunk, ...]:
+        """Pin what the tiers have of a log, while room is made for it on the device."""
+        have_tokens = self.cache.peek(token_ids, self.namespace)
+        chunks = self.tiers.match(token_ids, have_tokens).chunks
+        self.tiers.pin(chunks)
+        return chunks
+
+    def promoted(self, token_ids: TokenArray) -> None:
+        """The device has these again, to be found by all."""
+        if self.demotes:
+            self.tiers.promoted(token_ids)
+
+    def _whole(self, chunk: Chunk) -> Part:
+        return Part(
+            start=chunk.start,
+            num_tokens=len(chunk.token_ids),
+            first=chunk.start,
+            end=chunk.end,
+            view=self.tiers.slot_view(chunk),
+        )
+
     # ---- loading
+
+    def loadable_tokens(self, token_ids: TokenArray, have_tokens: int) -> int:
+        """How many tokens are better loaded than computed, where the device has the first ones."""
+        span = self._span(have_tokens, self.tiers.match(token_ids, have_tokens))
+        return 0 if span is None else span[1] - span[0]
 
     def planned_tokens(self, load: Load) -> dict[TierName, int]:
         """What a load that was just planned will bring."""
@@ -129,7 +173,7 @@ class Mover:
 
     def load(self, token_ids: TokenArray, lease: Lease, now: float) -> Load | None:
         """Plan to load what a fresh lease lacks of `token_ids`; None where computing is faster."""
-        prefix = self.tiers.match(token_ids)
+        prefix = self.tiers.match(token_ids, lease.num_cached_tokens)
         span = self._span(lease.num_cached_tokens, prefix)
         if span is None:
             return None
@@ -142,25 +186,39 @@ class Mover:
         """Plan to bring a log's KV to the device, where that is faster than computing it. False if
         there is no room now."""
         have_tokens = self.cache.peek(token_ids, self.namespace)
-        prefix = self.tiers.match(token_ids)
+        prefix = self.tiers.match(token_ids, have_tokens)
         span = self._span(have_tokens, prefix)
         if span is None or span[0] > have_tokens:
             return True
+        self.tiers.pin(prefix.chunks)
+        try:
+            return self._prefetch(token_ids, have_tokens, prefix, now)
+        finally:
+            self.tiers.unpin(prefix.chunks)
+
+    def _prefetch(
+        self, token_ids: TokenArray, have_tokens: int, prefix: StoredPrefix, now: float
+    ) -> bool:
         got = self.cache.acquire(
             token_ids[: prefix.num_tokens + 1],
             num_tokens=prefix.num_tokens,
             now=now,
             namespace=self.namespace,
-            max_cached_tokens=have_tokens - have_tokens % self.cache.block_tokens,
+            max_cached_tokens=have_tokens,
         )
         if got is None:
             return False
-        lease, _ = got  # nothing to copy: it begins at a block
-        span = (lease.num_cached_tokens, span[1])
+        lease, copies = got
+        if lease.num_cached_tokens < have_tokens:  # no room for a copy of the block in question
+            self.cache.release(lease)
+            return False
+        self._copies += copies
+        span = (have_tokens, prefix.num_tokens)
 
         def end(tokens_by_tier: Mapping[TierName, int] | None, now: float) -> None:
             if tokens_by_tier is not None:
                 self.cache.commit(lease, token_ids[: span[1]], now)
+                self.promoted(token_ids[: span[1]])
             self.cache.release(lease)
 
         self._load(prefix, span, lease.block_ids, end)
@@ -172,6 +230,7 @@ class Mover:
         pieces = [
             Piece(chunk.start, min(chunk.end, prefix.num_tokens), _tier(chunk))
             for chunk in prefix.chunks
+            if chunk.end > have_tokens
         ]
         start = load_from(
             have_tokens, pieces, self.tiers.token_bytes, self.rates, overlaps=self.overlaps

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
+from agentrt.cache.evict import SessionState
 from agentrt.cache.node import num_common
 from agentrt.errors import CacheCorrupt
 from agentrt.explain import SHOWN_TOKENS, Admission, Admissions
+from agentrt.order import Order
 from agentrt.pauses import Pauses
 from agentrt.request import Request, State
 
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
     from agentrt.mover import Mover
     from agentrt.types import TierName
 
-# A request that waits one second counts like one whose prefix is longer by this many tokens.
-AGEING_TOKENS_PER_S = 2000.0
-# The longest waiting are looked at; the others are younger, and the look-up must stay cheap.
-WINDOW = 64
+# How soon after each other waiting requests are expected on the device, when room is made for the
+# first of them. Between 0.03 and 0.3 s their agents take the same time; what counts is that they
+# are expected in this order, and before the sessions whose tools still run.
+EXPECTED_APART_S = 0.1
 # Waiting for another request's prefix pays from this many tokens on.
 WORTH_WAITING_TOKENS = 16
 
@@ -69,10 +71,15 @@ class Scheduler:
     running: list[Request] = field(factory=list)
     num_preempted: int = 0
     admissions: Admissions = field(factory=Admissions)
+    order: Order = field()
 
     @pauses.default
     def _no_pauses(self) -> Pauses:
         return Pauses(self.cache, self.mover, namespace="")
+
+    @order.default
+    def _order(self) -> Order:
+        return Order(self.cache, self.mover)
 
     def submit(self, request: Request) -> None:
         self.waiting.append(request)
@@ -87,11 +94,13 @@ class Scheduler:
             if request.state is State.PREFILL and budget > 0:
                 self._take_load(request, now)
                 budget -= self._add_chunk(work, request, budget)
-        for request in self._candidates(now, budget):
+        candidates = self._candidates(now, budget)
+        for rank, request in enumerate(candidates):
             if budget <= 0 or len(self.running) >= self.config.max_batch:
                 break
             if self._shares_running_prefill(request):
                 continue
+            self._expect(candidates[rank:], now)
             admitted = self._admit(request, now)
             if admitted is None:
                 break  # the next in line must not be overtaken for ever by smaller ones
@@ -111,6 +120,7 @@ class Scheduler:
     def finish(self, request: Request, now: float) -> None:
         """Take a request out, whatever its state; its KV stays in the cache."""
         if request.state is State.WAITING:
+            self.order.left(request, self.waiting, to_run=False)
             self.waiting.remove(request)
         elif request.state is not State.FINISHED:
             self._release(request, now)
@@ -136,19 +146,22 @@ class Scheduler:
             for tier, num_tokens in load.tokens_by_tier.items():
                 request.loaded_tokens[tier] += num_tokens
             self._commit(request, now)
+            if self.mover is not None:
+                self.mover.promoted(request.tokens[: request.num_computed])
 
     def _candidates(self, now: float, budget: int) -> list[Request]:
-        """The longest waiting, by resident prefix and age, best first (stable)."""
+        """Those that may be admitted, the next one first."""
         if budget <= 0 or len(self.running) >= self.config.max_batch or not self.waiting:
             return []
+        return self.order.of(self.waiting, now)
 
-        def value(request: Request) -> float:
-            resident = self.cache.peek(request.known, request.namespace)
-            return resident + AGEING_TOKENS_PER_S * (now - request.submitted_s)
-
-        # One that was preempted while the device sampled its token waits until that is known.
-        ready = [request for request in self.waiting[:WINDOW] if request.num_pending == 0]
-        return sorted(ready, key=value, reverse=True)
+    def _expect(self, candidates: list[Request], now: float) -> None:
+        """Before something must go for the first of these: tell eviction when each is due."""
+        first = candidates[0]
+        if self.cache.would_evict(first.known, first.num_tokens + 1, first.namespace):
+            for rank, request in enumerate(candidates):
+                due_s = rank * EXPECTED_APART_S
+                self.pauses.mark(request.known, SessionState.RUNNING, now, due_s)
 
     def _shares_running_prefill(self, request: Request) -> bool:
         """Whether a running request is about to compute a prefix that this one could use."""
@@ -168,6 +181,14 @@ class Scheduler:
 
     def _admit(self, request: Request, now: float) -> list[Copy] | None:
         """Lease blocks for all known tokens and one more. None if they are not to be had now."""
+        kept = () if self.mover is None else self.mover.keep(request.known)
+        try:
+            return self._admit_kept(request, now)
+        finally:
+            if self.mover is not None:
+                self.mover.tiers.unpin(kept)
+
+    def _admit_kept(self, request: Request, now: float) -> list[Copy] | None:
         got = self.cache.acquire(
             request.known,
             num_tokens=request.num_tokens + 1,
@@ -188,6 +209,7 @@ class Scheduler:
         if not request.counted:
             self._note_admission(request)
         request.state = State.PREFILL
+        self.order.left(request, self.waiting, to_run=True)
         self.waiting.remove(request)
         self.running.append(request)
         return list(copies)

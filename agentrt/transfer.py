@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from agentrt.cache.tier import Tier
-    from agentrt.mover import Job, Part
+    from agentrt.mover import Demotion, Job, Part
 
     Bytes = npt.NDArray[np.uint8]
 
@@ -110,6 +110,12 @@ class TransferThread:
                 )
                 self._thread.start()
             self._changed.notify()
+
+    def save_now(self, demotion: Demotion) -> None:
+        """Save on the caller's thread, which is the one that runs the steps; done on return."""
+        after = self.copier.begin()
+        for part in demotion.parts:
+            self.copier.save(part, demotion.block_ids, after)
 
     def close(self) -> None:
         """Finish the jobs that are queued, and end."""

@@ -1,12 +1,19 @@
 """Agents in a device pool that holds a third of what they work on, on a CPU with SmolLM2.
 
-    python benchmarks/pressure.py --shared DIR [--agents 24] [--turns 6] [--json FILE]
+    python benchmarks/pressure.py --shared DIR [--agents 24] [--turns 6] [--virtual] [--json FILE]
 
 The first turns of the airline workload's agents, all at once. Waits are scaled, and a tenth of them
-take 20 times the median. Three engines in one run, in turn: `recompute` has no tier below the
-device; `lru` offloads to a host tier and evicts by age alone; `worth` is the default policy, told
-when tools run. The device pool is a third of the agents' working set, and so is the host tier.
+take 20 times the median. Three engines in one run, in turn, that admit requests in the same order
+(`agentrt.order`), with the same device pool, a third of the agents' working set:
+- `recompute` has no tier below the device. It evicts by worth, and is told when tools run.
+- `lru` is plain LRU offload: each turn's KV is copied to the host tier when the turn ends, and both
+  tiers evict by age alone.
+- `worth` is the default: what the device evicts goes to the host tier, which has as many bytes as
+  that of `lru`, and both evict by worth, told when tools run and who is next in the queue.
 Then the price of the tiers for a workload that never hits: distinct prompts, tiers on and off.
+
+`--virtual` runs the same three in virtual time (`virtual_engine`), with six mixes of what prefill
+and decoding cost: it counts tokens, and tells in seconds what a change of policy does.
 """
 
 import argparse
@@ -20,14 +27,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from replay_all import num_shared_tokens
+from virtual_engine import KV_TOKEN_BYTES, Costs, VirtualEngine
 
-from agentrt import Engine, EngineConfig, GenerateOptions
+from agentrt import Engine, EngineConfig, Finished, GenerateOptions
 from agentrt.config import default_cache_dir
 from agentrt.registry import locate
 
 MEDIAN_WAIT_S = 0.5
 SLOW_SHARE, SLOW_FACTOR = 0.1, 20
+# What a prefill token and a step cost, as parts of what they do by default.
+MIXES = ((0.85, 1.0), (0.95, 1.1), (1.0, 1.0), (1.05, 0.9), (1.15, 1.2), (1.25, 1.0))
 Rows = list[list[tuple[list[int], int, float]]]  # agent -> turn -> (new ids, output tokens, wait)
 
 
@@ -101,19 +112,83 @@ async def price(folder: Path, repeats: int) -> float:
     return statistics.median(walls[True]) / statistics.median(walls[False])
 
 
-async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    agents = workload(arguments.shared, arguments.agents, arguments.turns, arguments.wait_scale)
-    async with Engine(config=EngineConfig(disk_kv_bytes=0)) as engine:
-        token_bytes = engine.resolved.kv_token_bytes
-        block_bytes = engine.resolved.block_tokens * token_bytes
+class VirtualAgent:
+    """One agent over a VirtualEngine: a turn, a pause, the next turn."""
+
+    def __init__(self, engine: VirtualEngine, number: int, turns: Any) -> None:
+        self._engine, self._number, self._turns = engine, number, iter(turns)
+        self._log: list[int] = []
+
+    def go_on(self) -> None:
+        turn = next(self._turns, None)
+        if turn is not None:
+            new, num_output, self._wait_s = turn
+            self._log += new
+            self._engine.request(self._log, num_output, self._hear)
+
+    def _hear(self, event: Any) -> None:
+        if isinstance(event, Finished):
+            self._log += event.completion.token_ids
+            engine, pauses = self._engine, self._engine.loop.scheduler.pauses
+            ids = np.array(self._log, np.int32)
+            engine.loop.tell(lambda: pauses.begin(self._number, ids, "tool", engine.now))
+            engine.at(engine.now + self._wait_s, self._end_pause)
+
+    def _end_pause(self) -> None:
+        engine, pauses = self._engine, self._engine.loop.scheduler.pauses
+        engine.loop.tell(lambda: pauses.end(self._number, engine.now))
+        self.go_on()
+
+
+def run_virtual(agents: Rows, config: EngineConfig, costs: Costs, seed: int = 0) -> dict[str, Any]:
+    engine = VirtualEngine(config, costs, seed)
+    for number, turns in enumerate(agents):
+        VirtualAgent(engine, number, turns).go_on()
+    engine.run()
+    counters, mover = engine.loop.counters, engine.loop.scheduler.mover
+    return {
+        "wall_s": engine.now,
+        "computed": counters.computed_tokens,
+        "device": counters.cached_tokens,
+        "host": 0 if mover is None else mover.loaded_tokens["host"],
+    }
+
+
+def mean_virtual(agents: Rows, config: EngineConfig) -> dict[str, Any]:
+    """The mean over MIXES: one run alone hangs on who came first by a millisecond."""
+    default = Costs()
+    runs = [
+        run_virtual(
+            agents,
+            config,
+            Costs(prefill_token_s=default.prefill_token_s * prefill, step_s=default.step_s * step),
+            seed,
+        )
+        for seed, (prefill, step) in enumerate(MIXES)
+    ]
+    return {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+
+
+def three_configs(agents: Rows, token_bytes: int, block_tokens: int) -> dict[str, EngineConfig]:
+    block_bytes = block_tokens * token_bytes
     pool_bytes = working_set_tokens(agents) * token_bytes // 3
     pool_bytes += -pool_bytes % block_bytes
-    common = {"device_kv_bytes": pool_bytes, "disk_kv_bytes": 0}
-    configs = {
+    common = {"device_kv_bytes": pool_bytes, "disk_kv_bytes": 0, "block_tokens": block_tokens}
+    return {
         "recompute": EngineConfig(host_kv_bytes=0, **common),
         "lru": EngineConfig(host_kv_bytes=pool_bytes, eviction="lru", **common),
         "worth": EngineConfig(host_kv_bytes=pool_bytes, **common),
     }
+
+
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    agents = workload(arguments.shared, arguments.agents, arguments.turns, arguments.wait_scale)
+    if arguments.virtual:
+        configs = three_configs(agents, KV_TOKEN_BYTES, block_tokens=256)
+        return {name: mean_virtual(agents, config) for name, config in configs.items()}
+    async with Engine(config=EngineConfig(disk_kv_bytes=0)) as engine:
+        resolved = engine.resolved
+    configs = three_configs(agents, resolved.kv_token_bytes, resolved.block_tokens)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for _ in range(arguments.repeats):
         for name, config in configs.items():
@@ -135,6 +210,7 @@ def main() -> None:
     parser.add_argument("--wait-scale", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--price-repeats", type=int, default=5)
+    parser.add_argument("--virtual", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = asyncio.run(measure(arguments))
@@ -142,9 +218,12 @@ def main() -> None:
     for name in ("recompute", "lru", "worth"):
         row = results[name]
         walls = f"{name:10} wall {row['wall_s']:7.1f} s, of which worth takes"
-        print(f"{walls} {worth / row['wall_s']:.2f}; prompt tokens computed {row['computed']:,},")
-        print(f"{'':11}from the device {row['device']:,}, from the host {row['host']:,}")
-    print(f"tiers on over tiers off, where nothing hits: {results['price']:.3f}")
+        print(
+            f"{walls} {worth / row['wall_s']:.2f}; prompt tokens computed {row['computed']:,.0f},"
+        )
+        print(f"{'':11}from the device {row['device']:,.0f}, from the host {row['host']:,.0f}")
+    if "price" in results:
+        print(f"tiers on over tiers off, where nothing hits: {results['price']:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -3,7 +3,7 @@
 Pure bookkeeping, owned by one thread: no device, no clock. `PrefixCache` is the whole of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 from attrs import frozen
@@ -11,7 +11,7 @@ from attrs import frozen
 from agentrt.cache.blocks import BlockPool
 from agentrt.cache.evict import SessionState, TierRates
 from agentrt.cache.lease import Copy, Lease
-from agentrt.cache.node import Match, TokenArray
+from agentrt.cache.node import Evicted, Match, TokenArray
 from agentrt.cache.tree import RadixTree
 from agentrt.errors import CacheCorrupt
 
@@ -43,8 +43,9 @@ class PrefixCache:
     def __init__(self, num_blocks: int, block_tokens: int, rates: TierRates | None = None) -> None:
         self._pool = BlockPool(num_blocks, block_tokens)
         self._tree = RadixTree(self._pool, rates)
-        self._leases: set[Lease] = set()
+        self._leases: dict[Lease, None] = {}  # in order of their making
         self._held = [0] * num_blocks  # holds on each block
+        self.version = 0  # another one whenever what is resident may be
         self._asked_tokens = 0
         self._hit_tokens = 0
         self._evicted_tokens = 0
@@ -61,6 +62,10 @@ class PrefixCache:
         """Tokens that a block holds."""
         return self._pool.block_tokens
 
+    def on_evict(self, tell: Callable[[Evicted, float], None]) -> None:
+        """Have `tell` called, with the time, for each thing that must make room."""
+        self._tree.on_evict = tell
+
     def peek(self, token_ids: TokenArray, namespace: str = "") -> int:
         """Length in tokens of the longest resident prefix; changes nothing."""
         return self._tree.match(token_ids, namespace).num_tokens
@@ -68,6 +73,13 @@ class PrefixCache:
     def continuation(self, token_ids: TokenArray, namespace: str = "") -> TokenArray:
         """How the tree goes on where `token_ids` leaves it: the latest used way, or nothing."""
         return self._tree.continuation(self._tree.match(token_ids, namespace), namespace)
+
+    def would_evict(self, token_ids: TokenArray, num_tokens: int, namespace: str = "") -> bool:
+        """Whether to lease room for `num_tokens` would make something go, and can be done."""
+        missing = (
+            self._num_blocks(num_tokens) - self.peek(token_ids, namespace) // self.block_tokens
+        )
+        return self._pool.num_free < missing <= self._pool.num_blocks - self._pool.num_leased
 
     def acquire(
         self,
@@ -131,6 +143,7 @@ class PrefixCache:
         )
         lease._token_ids = token_ids.copy()
         lease.num_tokens = len(token_ids)
+        self.version += 1
 
     def fork(self, lease: Lease, num_tokens: int, now: float) -> tuple[Lease, list[Copy]] | None:
         """Open a second lease over the same tokens, with room for `num_tokens` in all.
@@ -148,7 +161,7 @@ class PrefixCache:
         if lease._leaf is not None:
             lease._leaf.use(now)
         child = Lease(lease._token_ids, shared + fresh, lease._namespace)
-        self._leases.add(child)
+        self._leases[child] = None
         self._pool.lease(shared)
         self._pool.claim(fresh, child)
         source = lease.block_ids[num_full : num_full + (num_inside > 0)]
@@ -160,7 +173,7 @@ class PrefixCache:
             return
         lease._live = False
         lease._leaf = None
-        self._leases.remove(lease)
+        del self._leases[lease]
         self._pool.end_lease(lease.block_ids, lease)
 
     def share(self, lease: Lease) -> Lease:
@@ -171,7 +184,7 @@ class PrefixCache:
         assert lease._live, "the lease was released"
         blocks = lease.block_ids[: self._num_blocks(lease.num_tokens)]
         twin = Lease(lease._token_ids, blocks, lease._namespace, writes=False)
-        self._leases.add(twin)
+        self._leases[twin] = None
         self._pool.lease(blocks)
         return twin
 
@@ -192,6 +205,7 @@ class PrefixCache:
 
         Returns the number of tokens dropped.
         """
+        self.version += 1
         return self._tree.forget(token_ids, max(0, keep_tokens), namespace)
 
     def mark(
@@ -211,6 +225,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all that no lease uses."""
+        self.version += 1
         self._tree.clear()
 
     def stats(self) -> CacheStats:
@@ -274,7 +289,7 @@ class PrefixCache:
         num_kept = len(blocks) - (num_inside > 0 and not in_place)
         # Held before room is made, so that neither these nor the source of a copy are evicted.
         lease = Lease(token_ids[:num_cached].copy(), blocks, namespace)
-        self._leases.add(lease)
+        self._leases[lease] = None
         self._pool.lease(blocks)
         if in_place:
             self._pool.claim(blocks[-1:], lease)
@@ -294,6 +309,7 @@ class PrefixCache:
         if num > pool.num_blocks - pool.num_leased:
             return None
         if pool.num_free < num:
+            self.version += 1
             self._evicted_tokens += self._tree.reclaim(num, now)
         if pool.num_free < num:
             # Rare: the tree holds second copies above the leaves of leases. Without them every

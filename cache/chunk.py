@@ -140,13 +140,17 @@ class ChunkIndex:
     def get(self, key: bytes) -> Chunk | None:
         return self._by_key.get(key)
 
-    def match(self, token_ids: TokenArray) -> StoredPrefix:
-        """The longest prefix of `token_ids` all of whose chunks are readable."""
+    def match(self, token_ids: TokenArray, have_tokens: int = 0) -> StoredPrefix:
+        """The longest prefix of `token_ids` all of whose chunks are readable, but for those that
+        lie in the first `have_tokens`, which the caller has."""
         chunks: list[Chunk] = []
         node, position = self.root, 0
         while position < len(token_ids):
             rest = token_ids[position : position + self.chunk_tokens]
-            best, num_tokens = self._best_child(node, rest)
+            if position + self.chunk_tokens <= have_tokens:
+                best, num_tokens = self.find(node, rest), len(rest)
+            else:
+                best, num_tokens = self._best_child(node, rest)
             if best is None:
                 break
             chunks.append(best)

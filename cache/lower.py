@@ -1,15 +1,14 @@
 """The tiers below the device: what is saved into host RAM and on disk, found again, and let go."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, final
+from typing import Any, final
 
 from agentrt.cache.chunk import Chunk, ChunkIndex, Holding, StoredPrefix
-from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState, TierRates, inherit
+from agentrt.cache.evict import DEAD_STATES, NodeFacts, SessionState, TierRates, worth
+from agentrt.cache.holdings import Holdings
 from agentrt.cache.host import HostTier
-from agentrt.cache.node import TokenArray
+from agentrt.cache.node import Evicted, TokenArray
 from agentrt.cache.tier import LowerStats, Record, Tier
-
-TierName = Literal["host", "disk"]
 
 
 @final
@@ -42,16 +41,12 @@ class LowerTiers:
         self._disk = disk
         self._keeps_host = keeps_host
         self._wall_ahead_s = wall_clock() - clock()
-        self._queues: dict[TierName, EvictionQueue[Holding]] = {
-            "host": EvictionQueue(host_rates),
-            "disk": EvictionQueue(disk_rates),
-        }
+        self._holdings = Holdings(index, host, host_rates, disk_rates)
         self._writing: dict[bytes, Chunk] = {}
         self._to_write: dict[bytes, Chunk] = {}  # refused by the disk so far
         self._now = clock()  # the newest time that a caller told
         self._saved_tokens = 0
         self._unsaved_tokens = 0
-        self._host_evicted_tokens = 0
         if disk is not None:
             self._take_in(disk.scan())
 
@@ -64,9 +59,10 @@ class LowerTiers:
 
     # ---- reading
 
-    def match(self, token_ids: TokenArray) -> StoredPrefix:
-        """The longest stored prefix; changes nothing."""
-        return self._index.match(token_ids)
+    def match(self, token_ids: TokenArray, have_tokens: int = 0) -> StoredPrefix:
+        """The longest prefix that is stored, or on the device, which has the first `have_tokens`;
+        changes nothing."""
+        return self._index.match(token_ids, have_tokens)
 
     def pin(self, chunks: Iterable[Chunk]) -> None:
         """Keep the bytes of these where they are until `unpin`."""
@@ -128,11 +124,11 @@ class LowerTiers:
             chunk.num_pins += 1
             path.append(chunk)
             if chunk.host is None and chunk.disk is None:
-                slot = self._reserve_slot(now)
+                slot = self._holdings.reserve_slot(now)
                 if slot is None:
                     self._unsaved_tokens += len(token_ids) - start
                     break
-                self._hold(chunk, "host", slot)
+                self._holdings.hold(chunk, "host", slot)
                 fresh.append(chunk)
             node = chunk
         self.unpin(chunk for chunk in path if chunk not in fresh)
@@ -145,13 +141,60 @@ class LowerTiers:
             chunk.host.is_ready = copied
             chunk.num_pins -= 1
             if not copied:
-                self._let_go(chunk, "host")
+                self._holdings.let_go(chunk, "host")
                 continue
             self._saved_tokens += len(chunk.token_ids)
             self._drop_tails(chunk)
             if self._disk is not None:
                 self._to_write[chunk.key] = chunk
         self.poll()
+
+    def take_evicted(self, evicted: Evicted, now: float) -> list[Chunk]:
+        """Hold what the device lets go of, unless all that is here is worth more.
+
+        The caller copies the chunks' bytes before it reads or writes any others: from here on they
+        count as being there. What stands behind something that finds no room goes with it.
+        """
+        self._now = now
+        incoming = worth(evicted.leaf, now, self._holdings.host_rates)
+        path: list[Chunk] = []
+        fresh: list[Chunk] = []
+        node = self._index.root
+        for start in range(0, len(evicted.token_ids), self.chunk_tokens):
+            tokens = evicted.token_ids[start : start + self.chunk_tokens]
+            chunk = self._index.find(node, tokens) or self._index.add(node, tokens, now)
+            if chunk is None:
+                break
+            chunk.num_pins += 1
+            path.append(chunk)
+            if chunk.end > evicted.start and chunk.host is None:
+                slot = self._holdings.reserve_slot(now, incoming)
+                if slot is None:
+                    self._unsaved_tokens += evicted.leaf.end - max(start, evicted.start)
+                    self._holdings.let_go_below(chunk)
+                    break
+                self._holdings.hold(chunk, "host", slot).is_ready = True
+                fresh.append(chunk)
+            node = chunk
+        if path and path[-1].end == len(evicted.token_ids):
+            self._take_facts(path[-1], evicted.leaf)
+        for chunk in fresh:
+            self._saved_tokens += len(chunk.token_ids)
+            chunk.last_used_s = max(chunk.last_used_s, evicted.leaf.last_used_s)
+            self._drop_tails(chunk)
+        self.unpin(path)
+        return fresh
+
+    def promoted(self, token_ids: TokenArray) -> None:
+        """Let go of what the device has again: it comes back when the device lets go of it."""
+        node = self._index.root
+        for start in range(0, len(token_ids), self.chunk_tokens):
+            chunk = self._index.find(node, token_ids[start : start + self.chunk_tokens])
+            if chunk is None:
+                break
+            if not chunk.num_pins:
+                self._holdings.let_go(chunk, "host")
+            node = chunk
 
     def poll(self) -> None:
         """Hear what the disk tier did, and offer it what it refused before."""
@@ -170,16 +213,17 @@ class LowerTiers:
         """What the disk tier should evict to free `num_bytes`: called from within its `put`."""
         keys: list[bytes] = []
         needed: list[Holding] = []
-        queue = self._queues["disk"]
-        while num_bytes > 0 and (holding := queue.pop(self._now)) is not None:
+        for holding in self._holdings.disk_victims(self._now):
             if any(child.key in self._writing for child in holding.chunk.children):
                 needed.append(holding)  # what is being put goes on from here
                 continue
             num_bytes -= self._num_bytes(holding.chunk)
             keys.append(holding.chunk.key)
-            self._let_go(holding.chunk, "disk")
+            self._holdings.let_go(holding.chunk, "disk")
+            if num_bytes <= 0:
+                break
         for holding in needed:
-            queue.offer(holding)
+            self._holdings.offer(holding.chunk)
         return keys
 
     # ---- letting go
@@ -188,14 +232,13 @@ class LowerTiers:
         self, token_ids: TokenArray, state: SessionState, now: float, expected_s: float | None
     ) -> None:
         """Tell eviction what the session whose log is `token_ids` does."""
-        prefix = self.match(token_ids)
-        if not prefix.chunks or prefix.num_tokens < len(token_ids) - self.chunk_tokens:
+        last = self._index.deepest(token_ids)
+        if last.parent is None or (last.children and last.end < len(token_ids)):
             return
-        last = prefix.chunks[-1]
         if state in DEAD_STATES and last.children:
             return  # others go on from here
         last.state, last.marked_s, last.expected_s = state, now, expected_s
-        self._offer(last)
+        self._holdings.offer(last)
 
     def forget(self, token_ids: TokenArray, keep_tokens: int, *, erase: bool) -> None:
         """Drop this log's own chunks beyond `keep_tokens`; with `erase` their bytes are overwritten
@@ -247,7 +290,7 @@ class LowerTiers:
             host_limit_bytes=self._host.num_slots * self._host.slot_bytes,
             saved_tokens=self._saved_tokens,
             unsaved_tokens=self._unsaved_tokens,
-            host_evicted_tokens=self._host_evicted_tokens,
+            host_evicted_tokens=self._holdings.host_evicted_tokens,
             disk=None if self._disk is None else self._disk.stats(),
         )
 
@@ -255,9 +298,7 @@ class LowerTiers:
         """Raise CacheCorrupt unless index, slots and queues agree; for tests, it reads all."""
         self._index.check()
         self._host.check()
-        for name, queue in self._queues.items():
-            held = [h for h in (getattr(chunk, name) for chunk in self._index) if h is not None]
-            queue.check(h for h in held if not h.num_children and not h.chunk.num_pins)
+        self._holdings.check()
 
     # ---- inside
 
@@ -274,7 +315,7 @@ class LowerTiers:
             now = record.last_used_s - self._wall_ahead_s
             chunk = self._index.add(parent, record.token_ids, now)
             if chunk is not None and chunk.key == record.key:
-                self._hold(chunk, "disk").is_ready = True
+                self._holdings.hold(chunk, "disk").is_ready = True
             elif chunk is not None:
                 self._index.prune(chunk)
 
@@ -288,72 +329,18 @@ class LowerTiers:
         if keys and self._disk is not None:
             self._disk.drop(keys)
 
-    def _reserve_slot(self, now: float) -> int | None:
-        slot = self._host.take()
-        if slot is not None:
-            return slot
-        pinned: list[Holding] = []
-        queue = self._queues["host"]
-        while (holding := queue.pop(now)) is not None:
-            if not holding.chunk.num_pins:
-                self._host_evicted_tokens += holding.num_tokens
-                self._let_go(holding.chunk, "host")
-                break
-            pinned.append(holding)
-        for other in pinned:
-            queue.offer(other)
-        return self._host.take()
-
-    def _hold(self, chunk: Chunk, tier: TierName, slot: int = -1) -> Holding:
-        num_children = sum(getattr(child, tier) is not None for child in chunk.children)
-        holding = Holding(chunk, slot, num_children=num_children)
-        setattr(chunk, tier, holding)
-        if tier == "host":
-            holding.is_below = chunk.disk is not None
-        elif chunk.host is not None:
-            chunk.host.is_below = True
-        assert chunk.parent is not None
-        above: Holding | None = getattr(chunk.parent, tier)
-        if above is not None:
-            above.num_children += 1
-        self._queues[tier].offer(holding)
-        return holding
-
-    def _let_go(self, chunk: Chunk, tier: TierName) -> None:
-        """Take a tier's copy out of the books."""
-        holding: Holding | None = getattr(chunk, tier)
-        if holding is None:
-            return
-        holding.attached = False
-        setattr(chunk, tier, None)
-        if tier == "host":
-            self._host.give(holding.slot)
-            self._to_write.pop(chunk.key, None)
-        elif chunk.host is not None:
-            chunk.host.is_below = False
-            self._queues["host"].offer(chunk.host)
-        assert chunk.parent is not None
-        above: Holding | None = getattr(chunk.parent, tier)
-        if above is not None:
-            above.num_children -= 1
-            inherit(above, holding)
-            self._queues[tier].offer(above)
-        self._index.prune(chunk)
+    def _take_facts(self, chunk: Chunk, leaf: NodeFacts) -> None:
+        """What the device's eviction knew of the end of a log."""
+        chunk.state, chunk.marked_s, chunk.expected_s = leaf.state, leaf.marked_s, leaf.expected_s
+        chunk.num_hits = max(chunk.num_hits, leaf.num_hits)
+        self._holdings.offer(chunk)
 
     def _discard(self, chunk: Chunk) -> None:
         """Take a chunk out of the books of all tiers; the caller tells the disk tier."""
         if self._writing.pop(chunk.key, None) is not None:
             chunk.num_pins -= 1
-        self._let_go(chunk, "disk")
-        self._let_go(chunk, "host")
-
-    def _offer(self, chunk: Chunk) -> None:
-        for holding, queue in (
-            (chunk.host, self._queues["host"]),
-            (chunk.disk, self._queues["disk"]),
-        ):
-            if holding is not None:
-                queue.offer(holding)
+        self._holdings.let_go(chunk, "disk")
+        self._holdings.let_go(chunk, "host")
 
     def _settle(self, chunk: Chunk) -> None:
         """After a pin is gone: free a way station, and forget what nothing holds any more."""
@@ -361,7 +348,7 @@ class LowerTiers:
             return
         is_safe = chunk.disk is not None and chunk.disk.is_ready
         if chunk.host is not None and not self._keeps_host and is_safe:
-            self._let_go(chunk, "host")
+            self._holdings.let_go(chunk, "host")
         self._index.prune(chunk)
 
     def _write(self, chunk: Chunk) -> bool:
@@ -376,7 +363,7 @@ class LowerTiers:
             chunk.num_pins -= 1
             return False
         del self._to_write[chunk.key]
-        self._hold(chunk, "disk")
+        self._holdings.hold(chunk, "disk")
         return True
 
     def _written(self, key: bytes) -> None:
@@ -393,5 +380,5 @@ class LowerTiers:
             return
         if written is not None:
             chunk.num_pins -= 1
-        self._let_go(chunk, "disk")
+        self._holdings.let_go(chunk, "disk")
         self._settle(chunk)

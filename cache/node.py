@@ -68,6 +68,20 @@ class Node:
             ancestor = ancestor.parent
 
 
+@frozen(kw_only=True, eq=False)
+class Evicted:
+    """Tokens [start, len(token_ids)) of a path that must make room on the device.
+
+    Block i of `block_ids` has tokens [i * block_tokens, ...) of the path, and still has them until
+    the device is next written to. `leaf` is what they are the end of, as it was before.
+    """
+
+    token_ids: TokenArray
+    start: int
+    block_ids: list[int]
+    leaf: Node
+
+
 @frozen
 class Match:
     """The longest prefix found: the nodes it runs through; it may end inside the last one."""

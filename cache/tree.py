@@ -7,13 +7,13 @@ sequence diverged inside a block and went on in a copy), only the deeper node's 
 the whole of it. So whoever reads a path takes, for each index, the block of the DEEPEST node.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from agentrt.cache.blocks import BlockPool
 from agentrt.cache.evict import DEAD_STATES, EvictionQueue, SessionState, TierRates, inherit
-from agentrt.cache.node import Match, Node, TokenArray, num_common
+from agentrt.cache.node import Evicted, Match, Node, TokenArray, num_common
 from agentrt.errors import CacheCorrupt
 
 
@@ -25,6 +25,7 @@ class RadixTree:
     """
 
     def __init__(self, pool: BlockPool, rates: TierRates | None = None) -> None:
+        self.on_evict: Callable[[Evicted, float], None] | None = None
         self.num_nodes = 0
         self.num_tokens = 0
         self._pool = pool
@@ -100,14 +101,7 @@ class RadixTree:
 
     def cut(self, leaf: Node, end: int) -> int:
         """Shorten a leaf to `end` as far as no lease holds its blocks; return tokens dropped."""
-        old_end, new_end = leaf.end, leaf.end
-        end = max(end, leaf.start)
-        first = leaf.start // self._block_tokens
-        while new_end > end:
-            index = (new_end - 1) // self._block_tokens
-            if self._pool.leases[leaf.blocks[index - first]]:
-                break
-            new_end = max(end, index * self._block_tokens)
+        old_end, new_end = leaf.end, self._free_from(leaf, max(end, leaf.start))
         if new_end == old_end:
             return 0
         if new_end == leaf.start:
@@ -116,6 +110,16 @@ class RadixTree:
             self._shorten(leaf, new_end)
         self.num_tokens -= old_end - new_end
         return old_end - new_end
+
+    def _free_from(self, leaf: Node, end: int) -> int:
+        """From where on no lease holds a block of the leaf, if that is behind `end`."""
+        first, new_end = leaf.start // self._block_tokens, leaf.end
+        while new_end > end:
+            index = (new_end - 1) // self._block_tokens
+            if self._pool.leases[leaf.blocks[index - first]]:
+                break
+            new_end = max(end, index * self._block_tokens)
+        return new_end
 
     def cut_up(self, leaf: Node, end: int) -> int:
         """Cut a leaf, then its ancestors as far as they become leaves; return tokens dropped."""
@@ -148,13 +152,32 @@ class RadixTree:
         leased = []
         while self._pool.num_free < num_free and (leaf := self._queue.pop(now)) is not None:
             num_kept = self._num_blocks(leaf.end) - (num_free - self._pool.num_free)
-            dropped = self.cut(leaf, max(0, num_kept) * self._block_tokens)
+            end = max(leaf.start, num_kept * self._block_tokens)
+            self._tell(leaf, end, now)
+            dropped = self.cut(leaf, end)
             num_tokens += dropped
             if not dropped:
                 leased.append(leaf)
         for leaf in leased:
             self._queue.offer(leaf)
         return num_tokens
+
+    def _tell(self, leaf: Node, end: int, now: float) -> None:
+        """Let the owner keep elsewhere what a cut to `end` will drop."""
+        start = self._free_from(leaf, end)
+        if self.on_evict is None or start == leaf.end:
+            return
+        path = [leaf]
+        while (parent := path[-1].parent) is not None and parent.attached:
+            path.append(parent)
+        path.reverse()
+        evicted = Evicted(
+            token_ids=np.concatenate([node.tokens for node in path]),
+            start=start,
+            block_ids=self.blocks(path, leaf.end),
+            leaf=leaf,
+        )
+        self.on_evict(evicted, now)
 
     def adopt(self, token_ids: TokenArray, blocks: Sequence[int], namespace: str) -> None:
         """Let the nodes of a lease's path hold its blocks where theirs are leased by nobody.

@@ -5,7 +5,14 @@ import random
 
 import numpy as np
 import pytest
-from fakes import CHUNK_TOKENS, TOKEN_BYTES, FakeEngine, greedy_after, until
+from fakes import (
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    TOKEN_BYTES,
+    FakeEngine,
+    greedy_after,
+    until,
+)
 
 from agentrt import GenerateOptions
 from agentrt.cache.keys import Fingerprint, root_key
@@ -77,9 +84,15 @@ async def test_a_new_engine_finds_on_disk_what_an_old_one_computed(tmp_path):
             await engine.check()
 
 
-async def test_only_the_tokens_decide_not_the_key(tmp_path):
+@pytest.mark.parametrize("disk_bytes", [0, DISK_BYTES])
+async def test_only_the_tokens_decide_not_the_key(tmp_path, disk_bytes):
     """Every chunk's key collides: nothing foreign is served, and nothing breaks."""
-    engine = FakeEngine(num_blocks=40, host_kv_bytes=64 * SLOT_BYTES)
+    engine = FakeEngine(
+        num_blocks=40,
+        host_kv_bytes=64 * SLOT_BYTES,
+        cache_dir=tmp_path,
+        disk_kv_bytes=disk_bytes,
+    )
     async with engine:
         fast_loads(engine)
         index = engine._open.loop.scheduler.mover.tiers._index
@@ -90,7 +103,7 @@ async def test_only_the_tokens_decide_not_the_key(tmp_path):
             assert done.token_ids == tuple(greedy_after(tokens, 6))
             await settled(engine)
         await engine.check()
-        assert len(index) == 1
+        assert len(index) == (disk_bytes > 0)  # what was evicted begins behind a first chunk
 
 
 async def test_namespaces_do_not_see_each_others_entries(tmp_path):
@@ -170,8 +183,9 @@ async def test_a_tool_that_is_due_has_its_session_fetched_before_it_ends(tmp_pat
             await until(lambda: engine.cache.peek(np.array(tokens, np.int32)) > 90)
 
 
+@pytest.mark.parametrize("disk_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("seed", range(4))
-async def test_random_traffic_over_five_times_the_pool(tmp_path, seed):
+async def test_random_traffic_over_five_times_the_pool(tmp_path, seed, disk_bytes):
     """Every tier is too small for all; every answer is right and every budget holds."""
     rng = random.Random(seed)
     logs = [prompt(100 + i, rng.randrange(30, 60)) for i in range(24)]
@@ -179,7 +193,7 @@ async def test_random_traffic_over_five_times_the_pool(tmp_path, seed):
         num_blocks=60,
         cache_dir=tmp_path,
         host_kv_bytes=30 * SLOT_BYTES,
-        disk_kv_bytes=1 << 20,
+        disk_kv_bytes=disk_bytes,
         max_batch=6,
         checked=seed == 0,
     )
@@ -202,7 +216,8 @@ async def test_random_traffic_over_five_times_the_pool(tmp_path, seed):
         stats = engine.stats()
         assert stats.loaded_tokens["host"] + stats.loaded_tokens["disk"] > 0
         assert stats.lower.host_bytes <= 30 * SLOT_BYTES
-        assert await asyncio.to_thread(engine._open.disk.file_bytes) <= 1 << 20
+        if disk_bytes:
+            assert await asyncio.to_thread(engine._open.disk.file_bytes) <= disk_bytes
         assert await engine.leased_blocks() == 0
 
 
@@ -324,3 +339,70 @@ async def test_forgetting_waits_for_what_is_on_its_way(tmp_path):
             await engine.forget([*tokens, *done.token_ids], erase=True)
             assert engine.stats().lower.num_chunks == 0
         await engine.check()
+
+
+@pytest.mark.parametrize("disk_bytes", [0, DISK_BYTES])
+async def test_the_host_holds_what_the_device_does_not(tmp_path, disk_bytes):
+    """Three logs that neither tier has room for, but both together, with room to load one: without
+    a disk tier, which wants all of it written, what is computed twice is cut inside a chunk."""
+    engine = FakeEngine(
+        num_blocks=44,
+        host_kv_bytes=36 * SLOT_BYTES,
+        cache_dir=tmp_path,
+        disk_kv_bytes=disk_bytes,
+        max_batch=1,
+    )
+    logs = [prompt(seed, 100) for seed in (1, 2, 3)]
+    async with engine:
+        fast_loads(engine)
+        for log in logs * 3:
+            done = await engine.generate(log, SIX)
+            assert done.token_ids == tuple(greedy_after(log, 6))
+            await settled(engine)
+        await engine.check()
+        stats = engine.stats()
+        assert stats.lower.host_bytes <= 36 * SLOT_BYTES
+        if not disk_bytes:
+            assert stats.computed_tokens <= 300 + 9 * (BLOCK_TOKENS + CHUNK_TOKENS)
+            chunks = list(engine._open.loop.scheduler.mover.tiers._index)
+            held = sum(len(chunk.token_ids) for chunk in chunks if chunk.host is not None)
+            assert held + stats.kv_used_bytes // TOKEN_BYTES >= 300
+
+
+async def test_erasing_leaves_no_byte_of_what_was_evicted(tmp_path):
+    tokens = prompt(1, 100)
+    async with FakeEngine(num_blocks=40, host_kv_bytes=64 * SLOT_BYTES) as engine:
+        await engine.generate(tokens, SIX)
+        await engine.generate(prompt(2, 140), SIX)
+        host = engine._open.loop.scheduler.mover.tiers._host
+        needle = np.array(tokens[48:56]).astype(np.int64).tobytes()  # as the fake device keeps it
+        assert any(needle in slab.tobytes() for slab in host._slabs)
+        await engine.forget(tokens, erase=True)
+        assert not any(needle in slab.tobytes() for slab in host._slabs)
+        await engine.check()
+
+
+async def test_those_whose_kv_is_in_the_host_go_before_those_who_must_compute(tmp_path):
+    first = prompt(1, 100)
+    engine = FakeEngine(num_blocks=40, host_kv_bytes=64 * SLOT_BYTES, max_batch=1)
+    async with engine:
+        fast_loads(engine)
+        await engine.generate(first, SIX)
+        await engine.generate(prompt(2, 140), SIX)  # the first one's KV goes to the host
+        engine.gate.close()
+        order = []
+
+        async def ask(name, tokens):
+            await engine.generate(tokens, SIX)
+            order.append(name)
+
+        running = asyncio.create_task(ask("running", prompt(2, 140)))
+        await engine.until_held()
+        others = [asyncio.create_task(ask("new", prompt(3, 100)))]
+        await asyncio.sleep(0.01)
+        others.append(asyncio.create_task(ask("in the host", first)))
+        await until(lambda: engine._open.loop.num_queued == 3)
+        await asyncio.sleep(0.05)
+        engine.gate.open()
+        await asyncio.gather(running, *others)
+        assert order == ["running", "in the host", "new"]
