@@ -22,7 +22,8 @@ from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.attention_prefill import LARGEST_TILE, plan_tiles
 from agentrt.kernels.attention_prefix import is_worth_it
-from agentrt.kernels.cuda import CudaOps, Rows, Scratch
+from agentrt.kernels.cuda import CudaOps, Scratch
+from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.sample import sample_rows
 from agentrt.mixed_graph import MixedGraphs, MixedWork

@@ -8,7 +8,8 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from agentrt.kernels.cuda import CudaOps, Rows, Scratch
+from agentrt.kernels.cuda import CudaOps, Scratch
+from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from agentrt.cuda_inputs import ALIGNED
 from agentrt.kernels.attention_prefill import PrefillTiles
-from agentrt.kernels.cuda import Chunk, CudaOps, Rows, Scratch
+from agentrt.kernels.cuda import Chunk, CudaOps, Scratch
+from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
 

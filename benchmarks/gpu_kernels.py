@@ -21,7 +21,8 @@ from gpu_decode import read_bandwidth
 
 from agentrt.kernels import Geometry
 from agentrt.kernels.attention_decode import num_tiles
-from agentrt.kernels.cuda import Attention, CudaLinear, CudaOps, Rows, Scratch
+from agentrt.kernels.cuda import Attention, CudaOps, Scratch
+from agentrt.kernels.cuda_products import CudaLinear, Rows
 
 BLOCK_TOKENS = 64
 CHAIN_BYTES = 4e8
