@@ -17,7 +17,7 @@ import numpy as np
 from attrs import evolve
 
 from agentrt.config import EngineConfig, ResolvedConfig
-from agentrt.errors import EngineClosed, Overloaded, PromptTooLong, RequestInvalid
+from agentrt.errors import EngineClosed, RequestInvalid
 from agentrt.explain import MAX_ADMISSIONS, Explanation, explain
 from agentrt.guards import Guard, guarded_completion, guarded_prompt, guarded_stream
 from agentrt.metrics import Stats
@@ -28,6 +28,7 @@ from agentrt.session_store import SessionFile, SessionStore
 from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
 from agentrt.structured import output_form
+from agentrt.submission import admissible_tokens, held_to, samples
 from agentrt.token_log import INLINE_CHARACTERS, check_text
 from agentrt.tool_runs import APPROVE_TIMEOUT_S, Approval, Approve
 from agentrt.turn import TurnRules
@@ -126,18 +127,13 @@ class Engine:
         Raises RequestInvalid, PromptTooLong, Overloaded, EngineClosed, EngineFailed, OutputInvalid
         where the output is not what `output` asks for, or GuardStopped.
         """
-        options = options or GenerateOptions()
-        form = None if output is None else output_form(output)
-        if form is not None:
-            if options.grammar is not None:
-                raise RequestInvalid("output and options.grammar exclude each other: give one")
-            options = evolve(options, grammar=form.grammar)
+        options, form = held_to(options or GenerateOptions(), output)
         if self.input_guards:
             prompt = await self._guarded_prompt(prompt)
         ids = await self._prompt_ids(prompt)
         streams: list[TokenStream] = []
         try:
-            for one in _samples(options):
+            for one in samples(options):
                 stream = await self._submit(ids, one)
                 streams.append(stream)
             done = [await stream.collect() for stream in streams]
@@ -154,10 +150,8 @@ class Engine:
     def stream(
         self, prompt: Prompt, options: GenerateOptions | None = None
     ) -> AsyncGenerator[StreamEvent]:
-        """TextDelta events as tokens come, then Finished. Leaving the iterator cancels.
-
-        Raises as `generate` does; `options.n` must be 1. With output guards there are no token ids.
-        """
+        """TextDelta events as tokens come, then Finished. Leaving the iterator cancels. Raises as
+        `generate` does; `options.n` must be 1. With output guards there are no token ids."""
         if self.input_guards or self.output_guards:
             return self._guarded_stream(prompt, options)
         return self.raw_stream(prompt, options)
@@ -183,10 +177,8 @@ class Engine:
         *,
         is_rewritten: bool = False,
     ) -> AsyncGenerator[StreamEvent]:
-        """`stream` without guards, for sessions, which ask them themselves.
-
-        `is_rewritten` says that the prompt rewrites what an earlier one had: `explain` tells so.
-        """
+        """`stream` without guards, for sessions, which ask them themselves. `is_rewritten` says
+        that the prompt rewrites what an earlier one had: `explain` tells so."""
         options = options or GenerateOptions()
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
@@ -199,10 +191,8 @@ class Engine:
             stream.close()
 
     async def prefill(self, token_ids: Sequence[int]) -> None:
-        """Compute a prompt's KV ahead of the request that will have it. Raises as `generate` does.
-
-        It costs one sampled token: the device has no step without one.
-        """
+        """Compute a prompt's KV ahead of the request that will have it, at the price of one token
+        sampled in vain. Raises as `generate` does."""
         stream = await self._submit(
             await self._prompt_ids(token_ids), GenerateOptions(max_tokens=1)
         )
@@ -233,9 +223,7 @@ class Engine:
         where it was, and its KV comes from the tiers. Its messages are then the saved ones, not
         `system`. Raises SessionBusy, when entered, if it is open in this engine already.
         """
-        approval = None
-        if approve is not None:
-            approval = Approval(approve=approve, timeout_s=approve_timeout_s)
+        approval = None if approve is None else Approval(approve, approve_timeout_s)
         saved_as = None
         if id is not None:
             store = SessionStore(self.config.cache_dir / SESSIONS_FOLDER, self.config.namespace)
@@ -357,7 +345,9 @@ class Engine:
     ) -> TokenStream:
         parts = self._open
         check_options(options, parts.spec.vocab_size)
-        total_tokens = self._admissible_tokens(len(ids), options)
+        total_tokens = admissible_tokens(
+            len(ids), options, self.resolved, num_queued=parts.loop.num_queued
+        )
         constraint = await parts.chat.constraint(options.grammar)
         if self._parts is None:
             raise EngineClosed("the engine was closed while the request was prepared")
@@ -402,38 +392,8 @@ class Engine:
             return prompt_array(encode(text), vocab_size)
         return prompt_array(await anyio.to_thread.run_sync(encode, text), vocab_size)
 
-    def _admissible_tokens(self, num_prompt_tokens: int, options: GenerateOptions) -> int:
-        """Prompt plus output, within the context; raises where it can never be served."""
-        resolved, loop = self.resolved, self._open.loop
-        context = resolved.max_context_tokens
-        if num_prompt_tokens >= context:
-            raise PromptTooLong(
-                f"the prompt has {num_prompt_tokens} tokens, the context holds {context} with at "
-                "least one of output: shorten it, or raise max_context_tokens if the model allows"
-            )
-        total_tokens = min(num_prompt_tokens + options.max_tokens, context)
-        most = resolved.pool_tokens - resolved.block_tokens  # a copied partial block needs a spare
-        if total_tokens > most:
-            need = (total_tokens + resolved.block_tokens) * resolved.kv_token_bytes
-            raise PromptTooLong(
-                f"prompt and output take {total_tokens} tokens, the KV pool serves {most}: lower "
-                f"max_tokens, or raise device_kv_bytes to {need}"
-            )
-        if loop.num_queued >= resolved.max_waiting + resolved.max_batch:
-            raise Overloaded(
-                f"{loop.num_queued} requests are queued: wait, or raise max_waiting "
-                f"({resolved.max_waiting})"
-            )
-        return total_tokens
-
 
 def _close_parts(opening: Future[EngineParts]) -> None:
     """Close what an abandoned opening made, if it made anything."""
     if opening.exception() is None:
         opening.result().loop.close()
-
-
-def _samples(options: GenerateOptions) -> list[GenerateOptions]:
-    """One set of options a sample."""
-    seeds = [None if options.seed is None else options.seed + i for i in range(options.n)]
-    return [evolve(options, n=1, seed=seed) for seed in seeds]

@@ -17,7 +17,7 @@ Approve = Callable[[ToolCall], Awaitable["bool | str | ToolCall"]]
 APPROVE_TIMEOUT_S = 300.0
 
 
-@frozen(kw_only=True)
+@frozen
 class Approval:
     """Who decides whether a call runs: True lets it, a ToolCall runs in its place, False or a text
     forbids it, and the model reads the text. So does nobody's answer within the time."""

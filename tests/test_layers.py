@@ -33,23 +33,17 @@ LAYERS = [
         "weights",
     },
     {"guards", "guards_classifier", "guards_patterns", "screen", "tool_runs"},
+    {"order", "speculate"},
     {"explain", "mover", "output", "pauses", "poster", "request", "scheduler", "token_log"},
+    {"submission"},
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
-        *("mixed_graph", "speculate", "transfer", "transfer_cuda"),
+        *("mixed_graph", "transfer", "transfer_cuda"),
     },
     {"loop"},
     {
-        "engine",
-        "engine_parts",
-        "engine_tiers",
-        "session",
-        "session_store",
-        "conversation",
-        "tool_prefill",
-        "turn",
-        "step_thread",
-        "stream",
+        *("conversation", "engine", "engine_parts", "engine_tiers", "session", "session_store"),
+        *("step_thread", "stream", "tool_prefill", "turn"),
     },
     {"adapters"},
     {"__main__"},
@@ -135,7 +129,7 @@ def test_threads_meet_asyncio_in_the_loop_alone():
     assert "agentrt.loop" in users
     assert users <= {
         *("agentrt.loop", "agentrt.engine", "agentrt.engine_parts", "agentrt.step_thread"),
-        *("agentrt.grammar", "agentrt.transfer"),
+        *("agentrt.grammar", "agentrt.transfer", "agentrt.transfer_cuda"),
         *("agentrt.cache.disk", "agentrt.cache.disk_writer"),
     }
 

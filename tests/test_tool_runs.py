@@ -12,6 +12,7 @@ from attrs import evolve
 from fakes import FakeEngine, Script, until
 
 from agentrt import (
+    EngineConfig,
     GenerateOptions,
     TextDelta,
     ToolCallArguments,
@@ -20,7 +21,8 @@ from agentrt import (
     TurnFinished,
     tool,
 )
-from agentrt.errors import OutputInvalid, RequestInvalid
+from agentrt.config import TOOL_FORMATS
+from agentrt.errors import ConfigError, OutputInvalid, RequestInvalid
 from agentrt.guards import Pass
 from agentrt.parsers_families import FORMATS
 from agentrt.request import Request
@@ -276,9 +278,7 @@ async def test_approval_keeps_the_calls_id() -> None:
     async def approve(_: ToolCall) -> ToolCall:
         return ToolCall("other", "b", {})
 
-    assert await Approval(approve=approve).decide(ToolCall("mine", "a", {})) == ToolCall(
-        "mine", "b", {}
-    )
+    assert await Approval(approve).decide(ToolCall("mine", "a", {})) == ToolCall("mine", "b", {})
 
 
 # ---- tools that stream
@@ -389,6 +389,53 @@ async def test_cancelling_while_a_tool_speaks_leaks_nothing(tokenizer, template)
         assert asyncio.all_tasks() == others
 
 
+@pytest.mark.parametrize("num_waits", [*range(12), 15, 20, 30, 45, 70, 100])
+async def test_cancelling_anywhere_leaks_nothing(tokenizer, template, num_waits) -> None:
+    """A turn with all there is: guards, approval, tools that stream, that wait and that hurry."""
+
+    @tool
+    async def report() -> Any:
+        """Reports."""
+        for n in range(4):
+            yield f"line {n} of a long report\n"
+            await asyncio.sleep(0.001)
+
+    @tool(idempotent=False)
+    def block() -> str:
+        """Runs in a thread."""
+        time.sleep(0.002)
+        return "done"
+
+    async def approve(_: ToolCall) -> bool:
+        await asyncio.sleep(0.001)
+        return True
+
+    async def look(_: Any) -> Pass:
+        await asyncio.sleep(0)
+        return Pass(3)
+
+    calls = "\n".join(map(call_text, ("report", "block", "report")))
+    async with scripted(tokenizer, template, [f"So: {calls}", "ok", "again"]) as engine:
+        others = asyncio.all_tasks()
+        session = engine.session(
+            tools=[report, block], options=PLENTY, approve=approve, output_guards=[look]
+        )
+        task = asyncio.create_task(session.run("go"))
+        for _ in range(num_waits):
+            await asyncio.sleep(0.0005)
+        task.cancel()
+        try:
+            reply = await task
+        except asyncio.CancelledError:
+            assert session.messages == []
+            assert session.token_ids == ()
+        else:  # it was over
+            assert reply.text == "ok"
+        assert await engine.leased_blocks() == 0
+        assert asyncio.all_tasks() == others
+        assert engine.stats().running == engine.stats().waiting == 0
+
+
 # ---- output and families in a session
 
 
@@ -418,6 +465,13 @@ async def test_an_output_is_a_value_of_a_turn_or_a_session(tokenizer, template) 
         assert (done.text, done.value) == ("yes", "yes")
         with pytest.raises(RequestInvalid, match="exclude"):
             await engine.generate("x", GenerateOptions(grammar="start: /a/"), output=answer)
+
+
+def test_the_config_names_every_family() -> None:
+    assert tuple(FORMATS) == TOOL_FORMATS
+    assert EngineConfig(tool_format="mistral").tool_format == "mistral"
+    with pytest.raises(ConfigError, match="tool_format"):
+        EngineConfig(tool_format="llama")
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)

@@ -1,0 +1,53 @@
+"""What is decided about a request before it is queued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import evolve
+
+from agentrt.config import ResolvedConfig
+from agentrt.errors import Overloaded, PromptTooLong, RequestInvalid
+from agentrt.structured import OutputForm, output_form
+from agentrt.types import GenerateOptions
+
+
+def admissible_tokens(
+    num_prompt_tokens: int, options: GenerateOptions, resolved: ResolvedConfig, *, num_queued: int
+) -> int:
+    """Prompt plus output, within the context; raises where it can never be served."""
+    context = resolved.max_context_tokens
+    if num_prompt_tokens >= context:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens, the context holds {context} with at "
+            "least one of output: shorten it, or raise max_context_tokens if the model allows"
+        )
+    total_tokens = min(num_prompt_tokens + options.max_tokens, context)
+    most = resolved.pool_tokens - resolved.block_tokens  # a copied partial block needs a spare
+    if total_tokens > most:
+        need = (total_tokens + resolved.block_tokens) * resolved.kv_token_bytes
+        raise PromptTooLong(
+            f"prompt and output take {total_tokens} tokens, the KV pool serves {most}: lower "
+            f"max_tokens, or raise device_kv_bytes to {need}"
+        )
+    if num_queued >= resolved.max_waiting + resolved.max_batch:
+        raise Overloaded(
+            f"{num_queued} requests are queued: wait, or raise max_waiting ({resolved.max_waiting})"
+        )
+    return total_tokens
+
+
+def held_to(options: GenerateOptions, output: Any) -> tuple[GenerateOptions, OutputForm | None]:
+    """The options with the grammar of what `output` asks for, and its form."""
+    if output is None:
+        return options, None
+    if options.grammar is not None:
+        raise RequestInvalid("output and options.grammar exclude each other: give one of them")
+    form = output_form(output)
+    return evolve(options, grammar=form.grammar), form
+
+
+def samples(options: GenerateOptions) -> list[GenerateOptions]:
+    """One set of options a sample."""
+    seeds = [None if options.seed is None else options.seed + i for i in range(options.n)]
+    return [evolve(options, n=1, seed=seed) for seed in seeds]
