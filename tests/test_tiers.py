@@ -372,12 +372,12 @@ async def test_the_host_holds_what_the_device_does_not(tmp_path, disk_bytes):
 async def test_erasing_leaves_no_byte_of_what_was_evicted(tmp_path):
     tokens = prompt(1, 100)
     async with FakeEngine(num_blocks=40, host_kv_bytes=64 * SLOT_BYTES) as engine:
-        await engine.generate(tokens, SIX)
+        log = [*tokens, *(await engine.generate(tokens, SIX)).token_ids]
         await engine.generate(prompt(2, 140), SIX)
         host = engine._open.loop.scheduler.mover.tiers._host
         needle = np.array(tokens[48:56]).astype(np.int64).tobytes()  # as the fake device keeps it
         assert any(needle in slab.tobytes() for slab in host._slabs)
-        await engine.forget(tokens, erase=True)
+        await engine.forget(log, erase=True)
         assert not any(needle in slab.tobytes() for slab in host._slabs)
         await engine.check()
 
