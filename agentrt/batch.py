@@ -17,17 +17,17 @@ class Batch:
 
     token_ids: Tensor  # [rows]
     positions: Tensor  # [rows]
-    output_rows: Tensor  # [samples]
+    output_rows: Tensor  # [samples, and drafts that they check]
     segments: tuple[Segment, ...]
     sampling: tuple[Work, ...]  # in the order of output_rows
 
 
 def build_batch(plan: Plan, device: torch.device) -> Batch:
-    """Flatten the plan's work, segments of one row first (as attention wants them)."""
+    """Flatten the plan's work, short segments first (as attention wants them)."""
     tokens, positions, outputs = [], [], []
     segments, sampling = [], []
     row = 0
-    for work in sorted(plan.work, key=lambda work: work.num_tokens > 1):
+    for work in sorted(plan.work, key=lambda work: work.num_tokens):
         end = work.start + work.num_tokens
         tokens.append(work.request.tokens[work.start : end])
         positions.append(np.arange(work.start, end))
@@ -36,7 +36,7 @@ def build_batch(plan: Plan, device: torch.device) -> Batch:
         segments.append(Segment(row, work.num_tokens, work.start, tuple(lease.block_ids)))
         row += work.num_tokens
         if work.samples:
-            outputs.append(row - 1)
+            outputs += range(row - 1 - work.num_draft, row)
             sampling.append(work)
     return Batch(
         token_ids=torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),

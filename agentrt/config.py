@@ -18,6 +18,7 @@ DISK_SHARE = 0.1  # of the free space where the cache folder lies
 MOST_DISK_BYTES = 8 << 30
 LEAST_DISK_BYTES = 256 << 20
 KV_SHARE_OF_FREE_DEVICE_MEMORY = 0.8
+TOOL_FORMATS = ("hermes", "llama-json", "llama-pythonic", "mistral", "mistral-named")
 BLOCK_TOKENS = {"cpu": 256, "cuda": 64}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
@@ -60,9 +61,12 @@ class EngineConfig:
     one off. By default a CPU has no host tier, as its pool is host memory already.
     `eviction="lru"` is there to be compared with. `step_tokens` bounds the work of one step: decode
     rows first, then prefill chunks. `deterministic` makes float products independent of the batch
-    too (int8 ones are anyway). `long_prefill="triton"` keeps cuDNN out of prefill after long
-    contexts on CUDA, where "auto" lets it attend to them. `random_weights` runs a folder that holds
-    config.json alone, for benchmarks. `max_waiting` bounds the queue (Overloaded beyond it).
+    too (int8 ones are anyway). `tool_format` is how the model writes tool calls: "auto" is what its
+    chat template shows, and a template without tools gets the form of Hermes.
+    `long_prefill="triton"` keeps cuDNN out of prefill after long contexts on CUDA, where "auto"
+    lets it attend to them. `random_weights` runs a folder that holds config.json alone, for
+    benchmarks. `speculation` lets a step check guesses of the next tokens,
+    which saves steps and changes no output. `max_waiting` bounds the queue (Overloaded beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """
@@ -88,9 +92,11 @@ class EngineConfig:
     step_tokens: int | None = field(default=None, validator=_count(1))
     deterministic: bool = field(default=False, validator=_checked(instance_of(bool)))
     namespace: str = field(default="", validator=_checked(instance_of(str)))
+    tool_format: str = field(default="auto", validator=_choice("auto", *TOOL_FORMATS))
     long_prefill: Literal["auto", "triton"] = field(
         default="auto", validator=_choice("auto", "triton")
     )
+    speculation: bool = field(default=True, validator=_checked(instance_of(bool)))
     random_weights: bool = field(default=False, validator=_checked(instance_of(bool)))
 
     def resolve(

@@ -120,6 +120,10 @@ class CudaRunner:
             for _ in range(NUM_BUFFERS)
         )
 
+    @property
+    def checks_drafts(self) -> bool:
+        return False  # a graph's row has one output
+
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
         copy_blocks(self.kv, copies)
@@ -139,12 +143,12 @@ class CudaRunner:
             logits = self._mixed(works, slots, updates)
         return self._ticket(tuple(work for work in works if work.samples), logits)
 
-    def collect(self, ticket: CudaTicket) -> list[Sampled]:
+    def collect(self, ticket: CudaTicket) -> list[list[Sampled]]:
         if not ticket.sampling:
             return []
         ticket.done.synchronize()
         tokens = ticket.tokens[: len(ticket.sampling)].tolist()
-        sampled: list[Sampled] = [(token, None) for token in tokens]
+        sampled: list[list[Sampled]] = [[(token, None)] for token in tokens]
         if not ticket.runs_ahead:
             for row, work in enumerate(ticket.sampling):
                 if not is_drawn_on_device(work.request):

@@ -28,6 +28,7 @@ from agentrt.poster import Sink, poster
 from agentrt.registry import locate
 from agentrt.runner import ModelRunner, Runner
 from agentrt.scheduler import Scheduler
+from agentrt.speculate import Drafter
 from agentrt.template import load_template
 from agentrt.tokenizer import load_tokenizer
 from agentrt.transfer import TransferThread
@@ -79,6 +80,8 @@ class EngineParts:
             cached_tokens=counters.cached_tokens,
             computed_tokens=counters.computed_tokens,
             output_tokens=counters.output_tokens,
+            drafted_tokens=0 if scheduler.drafter is None else scheduler.drafter.num_drafted,
+            accepted_tokens=0 if scheduler.drafter is None else scheduler.drafter.num_right,
             evicted_tokens=cache.evicted_tokens,
             kv_blocks=config.num_blocks,
             kv_free_blocks=cache.free_blocks,
@@ -128,7 +131,7 @@ def open_parts(
         device=loaded.compute.device.type,
         **_tiers_memory(loaded.compute.device.type, resolved),
     )
-    chat = _chat(path, loaded.model.spec, without_files=config.random_weights)
+    chat = _chat(path, loaded.model.spec, config)
     report("starting")(1, 1)
     return EngineParts(
         loop=loop,
@@ -159,7 +162,8 @@ def build_loop(
     cache = PrefixCache(resolved.num_blocks, resolved.block_tokens, LRU if is_lru else None)
     tiers = open_tiers(config, resolved, fingerprint, cache, **tiers_options)
     pauses = Pauses(cache, tiers.mover, config.namespace, marks=not is_lru)
-    loop = Loop(Scheduler(resolved, cache, tiers.mover, pauses), runner, post)
+    drafter = Drafter() if config.speculation and runner.checks_drafts else None
+    loop = Loop(Scheduler(resolved, cache, tiers.mover, pauses, drafter), runner, post)
     if tiers.mover is not None:
         loop.transfers = TransferThread(runner.copier(), tiers.disk, loop.transferred)
     return loop, tiers
@@ -195,13 +199,13 @@ def _resolve(config: EngineConfig, loaded: LoadedModel) -> ResolvedConfig:
     )
 
 
-def _chat(path: Path, spec: ModelSpec, *, without_files: bool) -> Chat:
+def _chat(path: Path, spec: ModelSpec, config: EngineConfig) -> Chat:
     """The text side; a folder that holds no tokenizer serves token ids alone."""
-    if without_files:
+    if config.random_weights:
         return Chat(None, None, spec.vocab_size, spec.eos_token_ids)
     try:
         tokenizer = load_tokenizer(path)
     except ModelNotFound:
         return Chat(None, None, spec.vocab_size, spec.eos_token_ids)
     eos = tokenizer.eos_token_ids | spec.eos_token_ids
-    return Chat(tokenizer, load_template(path), spec.vocab_size, eos)
+    return Chat(tokenizer, load_template(path), spec.vocab_size, eos, config.tool_format)

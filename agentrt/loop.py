@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -292,7 +292,9 @@ class Loop:
         ticket: Ticket = self.runner.launch(plan)
         now = self.clock()
         self.counters.forward_s += now - begin
-        spans = [(w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1]
+        spans = [
+            (w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1 + w.num_draft
+        ]
         for work in plan.work:
             self.scheduler.computed(work, now)
         if ticket.runs_ahead:
@@ -308,9 +310,9 @@ class Loop:
         self.counters.forward_s += now - forward
         self._note_rate(launched, now - max(launched.begin_s, self._collected_s))
         self._collected_s = now
-        for work, result in zip(launched.ticket.sampling, sampled, strict=True):
+        for work, results in zip(launched.ticket.sampling, sampled, strict=True):
             if work.request.state is not State.FINISHED:
-                self._take(work.request, result, now)
+                self._take_run(work, results, now)
 
     def _note_rate(self, launched: Launched, seconds: float) -> None:
         """Learn what prefill costs from a step that did little else."""
@@ -337,30 +339,42 @@ class Loop:
                 counters.prompt_tokens += request.num_prompt_tokens
                 counters.cached_tokens += request.cached_tokens
 
-    def _take(self, request: Request, result: Sampled, now: float) -> None:
-        """A token came, or an error that is this request's alone: tell the caller."""
-        try:
+    def _take_run(self, work: Work, results: Sequence[Sampled], now: float) -> None:
+        """A step's tokens of one request came, or an error that is this request's alone."""
+        request = work.request
+        self.scheduler.checked(work, len(results) - 1)
+        for index, result in enumerate(results):
+            if request.state is State.FINISHED:
+                return
+            if index:
+                request.num_computed += 1  # as the token before was drafted
             if isinstance(result, RequestInvalid):
-                raise result
-            self._take_token(request, *result, now)
-        except RequestInvalid as exc:
-            request.drop_pending()
-            self.scheduler.finish(request, now)
-            del self._live[request.id]
-            self._events.append((request.sink, exc))
+                self._fail(request, result, now)
+            else:
+                self._take_token(request, *result, now, is_newest=index + 1 == len(results))
+
+    def _fail(self, request: Request, error: RequestInvalid, now: float) -> None:
+        request.drop_pending()
+        self.scheduler.finish(request, now)
+        del self._live[request.id]
+        self._events.append((request.sink, error))
 
     def _take_token(
-        self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float
+        self,
+        request: Request,
+        token_id: int,
+        logprob: TokenLogprob | None,
+        now: float,
+        *,
+        is_newest: bool,
     ) -> None:
         """Note a token, and end the request if it was the last."""
-        if request.constraint is not None:
-            request.constraint.accept(token_id)
         if request.first_token_s is None:
             request.first_token_s = now
         request.append(token_id)
         if logprob is not None:
             request.logprobs.append(logprob)
-        reason = request.limit_reached(token_id)
+        reason = request.limit_reached(token_id, is_newest=is_newest)
         is_control = reason == "stop" and (
             token_id in request.eos_token_ids or token_id in request.options.stop_token_ids
         )
@@ -377,6 +391,8 @@ class Loop:
             self._events.append((request.sink, TextDelta(rest, ())))
         request.drop_pending()
         self.scheduler.finish(request, now)
+        if self.scheduler.drafter is not None:
+            self.scheduler.drafter.finished(request)
         del self._live[request.id]
         self.counters.finished += 1
         self.counters.output_tokens += request.num_output_tokens

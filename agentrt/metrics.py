@@ -28,6 +28,8 @@ class Stats:
     cached_tokens: int  # prompt tokens that were on the device
     computed_tokens: int  # prompt tokens that were computed
     output_tokens: int
+    drafted_tokens: int  # guesses of the next tokens that a step checked
+    accepted_tokens: int  # of these, right ones: output tokens that took no step of their own
     evicted_tokens: int
     kv_blocks: int
     kv_free_blocks: int

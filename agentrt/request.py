@@ -10,6 +10,7 @@ import numpy as np
 from attrs import define, field
 
 from agentrt.errors import RequestInvalid
+from agentrt.speculate import Pace
 from agentrt.types import FinishReason, GenerateOptions, TierName, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ class Request:
     counted: bool = False  # whether the counters know of the prompt
     first_token_s: float | None = None
     logprobs: list[TokenLogprob] = field(factory=list)
+    pace: Pace = field(factory=Pace)  # of its drafts
+    num_draft: int = 0  # tokens behind the known ones that the next step checks
+    num_forced: int = 0  # of these, what a grammar leaves no choice about
     rng: Any = None  # the sampler's generator, made at the first draw
 
     @num_tokens.default
@@ -167,14 +171,15 @@ class Request:
         self.num_tokens -= self.num_pending
         self.num_pending = 0
 
-    def limit_reached(self, token_id: int) -> FinishReason | None:
-        """Why the request ends with `token_id` as its newest token, if it does."""
+    def limit_reached(self, token_id: int, *, is_newest: bool = True) -> FinishReason | None:
+        """Why the request ends with `token_id`, if it does. The grammar stands at the newest token
+        of those that a step gave."""
         options = self.options
         if token_id in self.eos_token_ids and not options.ignore_eos:
             return "stop"
         if token_id in options.stop_token_ids:
             return "stop"
-        if self.constraint is not None and self.constraint.is_finished:
+        if is_newest and self.constraint is not None and self.constraint.is_finished:
             return "stop"
         if self.is_full and self.num_pending == 0:
             return "length"

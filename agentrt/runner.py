@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from attrs import define, field, frozen
@@ -44,8 +44,13 @@ class Runner(Protocol):
     def launch(self, plan: Plan) -> Any:
         """Begin to compute a plan, or compute it. Returns a Ticket of the runner's own kind."""
 
-    def collect(self, ticket: Any) -> Sequence[Sampled]:
-        """Wait for a step, and give its tokens, in the order of the ticket's sampling."""
+    def collect(self, ticket: Any) -> Sequence[Sequence[Sampled]]:
+        """Wait for a step, and give each work's tokens, in the order of the ticket's sampling: one,
+        and one more for each token of its draft that was right."""
+
+    @property
+    def checks_drafts(self) -> bool:
+        """Whether a work may have a draft."""
 
     def copier(self) -> Copier:
         """What moves KV between the pool and the tiers below it."""
@@ -56,18 +61,19 @@ class Runner(Protocol):
 
 @frozen
 class Computed:
-    """The ticket of a step that is done: logits [samples, vocab], float32."""
+    """The ticket of a step that is done: logits [samples and drafts, vocab], float32."""
 
     sampling: tuple[Work, ...]
     logits: Tensor
     runs_ahead: bool = False
 
 
-def collect_computed(ticket: Computed) -> list[Sampled]:
+def collect_computed(ticket: Computed) -> list[list[Sampled]]:
     """Sample on the host's side."""
     if not ticket.sampling:
         return []
-    return sample(ticket.logits, [work.request for work in ticket.sampling])
+    requests = [work.request for work in ticket.sampling]
+    return sample(ticket.logits, requests, [work.num_draft for work in ticket.sampling])
 
 
 @define
@@ -80,6 +86,7 @@ class ModelRunner:
     model: Model
     compute: Compute
     config: ResolvedConfig
+    checks_drafts: ClassVar[bool] = True
     kv: Tensor = field(init=False)
 
     @kv.default
@@ -98,7 +105,7 @@ class ModelRunner:
     def copy(self, copies: Sequence[Copy]) -> None:
         copy_blocks(self.kv, copies, self.compute.kv_layout.group_tokens)
 
-    def collect(self, ticket: Computed) -> list[Sampled]:
+    def collect(self, ticket: Computed) -> list[list[Sampled]]:
         return collect_computed(ticket)
 
     def copier(self) -> Copier:

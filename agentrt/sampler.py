@@ -23,17 +23,42 @@ Sampled = tuple[int, TokenLogprob | None] | RequestInvalid
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
-    """One token a row of logits [rows, vocab] (changed in place), with its log-probability where
-    the request asks for it; or the error that ends this request alone.
+def sample(
+    logits: Tensor, requests: Sequence[Request], num_drafts: Sequence[int] | None = None
+) -> list[list[Sampled]]:
+    """Each request's next tokens, with log-probabilities where it asks for them; or the error that
+    ends this request alone. A grammar moves on with them.
+
+    logits: [rows, vocab] (changed in place): a row for each request, and behind it one for each
+    token of its draft, which stands behind its known tokens. A row gives a token if all before it
+    gave what the draft says.
 
     Log-probabilities are those of the distribution after penalties, bias and grammar, before
     temperature and the top-k, top-p and min-p filters.
     """
-    plain = [is_plain(request) for request in requests]
-    if all(plain):
-        return [(int(token), None) for token in logits.argmax(-1).tolist()]
-    return [_try_row(row, request) for row, request in zip(logits, requests, strict=True)]
+    counts = [1 + num for num in num_drafts or [0] * len(requests)]
+    if all(is_plain(request) for request in requests):
+        rows: Sequence[int] | Sequence[Tensor] = logits.argmax(-1).tolist()
+    else:
+        rows = list(logits)
+    drawn, first = [], 0
+    for request, count in zip(requests, counts, strict=True):
+        drawn.append(_run(rows[first : first + count], request))
+        first += count
+    return drawn
+
+
+def _run(rows: Sequence[int] | Sequence[Tensor], request: Request) -> list[Sampled]:
+    """Tokens of consecutive rows (logits, or what they gave already), while the draft is right."""
+    drawn: list[Sampled] = []
+    for index, row in enumerate(rows):
+        one = _try_row(row, request, index) if isinstance(row, Tensor) else (row, None)
+        drawn.append(one)
+        if isinstance(one, RequestInvalid) or index + 1 == len(rows):
+            break
+        if one[0] != request.tokens[request.num_tokens + index]:
+            break
+    return drawn
 
 
 def is_plain(request: Request) -> bool:
@@ -82,16 +107,18 @@ def has_penalties(options: GenerateOptions) -> bool:
     )
 
 
-def _try_row(row: Tensor, request: Request) -> Sampled:
+def _try_row(row: Tensor, request: Request, num_ahead: int) -> Sampled:
     try:
-        return _sample_row(row, request)
+        return _sample_row(row, request, num_ahead)
     except RequestInvalid as exc:  # a grammar's error is one too
         return exc
 
 
-def _sample_row(row: Tensor, request: Request) -> tuple[int, TokenLogprob | None]:
+def _sample_row(row: Tensor, request: Request, num_ahead: int) -> tuple[int, TokenLogprob | None]:
+    """`num_ahead` tokens of the request's draft count as known."""
     options = request.options
-    _penalise(row, request)
+    if has_penalties(options):
+        _penalise(row, request, num_ahead)
     for token, bias in options.logit_bias.items():
         row[token] += bias
     if request.constraint is not None:
@@ -101,21 +128,24 @@ def _sample_row(row: Tensor, request: Request) -> tuple[int, TokenLogprob | None
             "no token can be sampled: logit_bias, penalties and grammar leave none that is finite"
         )
     token = int(row.argmax()) if options.temperature == 0 else _draw(row, request)
+    if request.constraint is not None:
+        request.constraint.accept(token)
     if options.top_logprobs is None:
         return token, None
     return token, _logprob(row, token, options.top_logprobs)
 
 
-def _penalise(row: Tensor, request: Request) -> None:
+def _penalise(row: Tensor, request: Request, num_ahead: int) -> None:
     """Repetition (Keskar et al. 2019) over prompt and output; presence and frequency (OpenAI's
     API) over the output."""
-    options = request.options
+    options, known = request.options, request.tokens[: len(request.known) + num_ahead]
     if options.repetition_penalty != 1:
-        seen = torch.from_numpy(np.unique(request.known).astype(np.int64)).to(row.device)
+        seen = torch.from_numpy(np.unique(known).astype(np.int64)).to(row.device)
         scores, penalty = row[seen], options.repetition_penalty
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if options.presence_penalty != 0 or options.frequency_penalty != 0:
-        tokens, counts = np.unique(request.output, return_counts=True)
+        output = known[request.num_prompt_tokens :]
+        tokens, counts = np.unique(output, return_counts=True)
         where = torch.from_numpy(tokens.astype(np.int64)).to(row.device)
         times = torch.from_numpy(counts).to(row.device, row.dtype)
         row[where] -= options.presence_penalty + options.frequency_penalty * times

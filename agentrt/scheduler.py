@@ -13,6 +13,7 @@ from agentrt.explain import SHOWN_TOKENS, Admission, Admissions
 from agentrt.order import Order
 from agentrt.pauses import Pauses
 from agentrt.request import Request, State
+from agentrt.speculate import MAX_STEP_ROWS, Drafter
 
 if TYPE_CHECKING:
     from agentrt.cache import Copy, PrefixCache
@@ -30,21 +31,28 @@ WORTH_WAITING_TOKENS = 16
 
 @frozen
 class Work:
-    """One request's share of a step: compute tokens [start, start + num_tokens)."""
+    """One request's share of a step: compute tokens [start, start + num_tokens). The last
+    `num_draft` of them are guesses, which the rows before them check."""
 
     request: Request
     start: int
     num_tokens: int
+    num_draft: int = 0
 
     @property
     def samples(self) -> bool:
         """Whether the last row's logits give the request's next token."""
-        return self.start + self.num_tokens == self.request.num_tokens
+        return self.num_known == self.request.num_tokens
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are computed when it is done, whatever becomes of the draft."""
+        return self.start + self.num_tokens - self.num_draft
 
 
 @frozen
 class Plan:
-    """One step: decode rows first, then prefill chunks; and block copies to make before."""
+    """One step: decode rows and drafts, then prefill chunks; and block copies to make before."""
 
     work: tuple[Work, ...]
     copies: tuple[Copy, ...]
@@ -67,6 +75,7 @@ class Scheduler:
     cache: PrefixCache
     mover: Mover | None = None  # where there are tiers below the device
     pauses: Pauses = field()
+    drafter: Drafter | None = None  # where the runner checks drafts
     waiting: list[Request] = field(factory=list)
     running: list[Request] = field(factory=list)
     num_preempted: int = 0
@@ -88,8 +97,8 @@ class Scheduler:
         """Choose the next step's work. Empty when nothing can run."""
         copies: list[Copy] = []
         self._make_room(now)
-        work = [Work(r, r.num_computed, 1) for r in self.running if wants_token(r)]
-        budget = self.config.step_tokens - len(work)
+        work = self._decode_rows(now)
+        budget = self.config.step_tokens - sum(one.num_tokens for one in work)
         for request in self.running:
             if request.state is State.PREFILL and budget > 0:
                 self._take_load(request, now)
@@ -111,11 +120,16 @@ class Scheduler:
     def computed(self, work: Work, now: float) -> None:
         """Note that `work` was done; prefill becomes shareable at once."""
         request = work.request
-        request.num_computed = work.start + work.num_tokens
+        request.num_computed = work.num_known
         if request.state is State.PREFILL:
             self._commit(request, now)
             if request.num_computed == request.num_tokens:
                 request.state = State.DECODE
+
+    def checked(self, work: Work, num_right: int) -> None:
+        """Learn from a draft: how many of its tokens were right."""
+        if self.drafter is not None and work.num_draft:
+            self.drafter.checked(work.request, num_right)
 
     def finish(self, request: Request, now: float) -> None:
         """Take a request out, whatever its state; its KV stays in the cache."""
@@ -125,6 +139,24 @@ class Scheduler:
         elif request.state is not State.FINISHED:
             self._release(request, now)
         request.state = State.FINISHED
+
+    def _decode_rows(self, now: float) -> list[Work]:
+        """A row for each decoding request, and its draft where there is room for one."""
+        decoding = [request for request in self.running if wants_token(request)]
+        if self.drafter is None:
+            return [Work(request, request.num_computed, 1) for request in decoding]
+        work, num_rows = [], len(decoding)
+        for request in decoding:
+            room = self.config.step_tokens - num_rows
+            num_draft = self.drafter.draft(request, room, MAX_STEP_ROWS - num_rows)
+            assert request.lease is not None
+            if num_draft and not self.cache.extend(
+                request.lease, request.num_tokens + num_draft, now
+            ):
+                num_draft = 0  # nobody is preempted for a draft
+            num_rows += num_draft
+            work.append(Work(request, request.num_computed, 1 + num_draft, num_draft))
+        return work
 
     def _add_chunk(self, work: list[Work], request: Request, budget: int) -> int:
         """The next prefill tokens, none of those that are being loaded; how many they are."""

@@ -28,7 +28,8 @@ from agentrt.registry import locate
 
 MAX_CONTEXT = 7680
 WAIT_SCALE = 0.2
-COLD = EngineConfig(disk_kv_bytes=0)  # nothing of an earlier run
+# Nothing of an earlier run; no drafts, which the text that is made here, without end, would favour.
+COLD = EngineConfig(disk_kv_bytes=0, speculation=False)
 
 
 def load_replay(shared: Path) -> ModuleType:

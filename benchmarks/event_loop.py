@@ -31,7 +31,7 @@ async def consume(engine: Engine, prompt: list[int], num_tokens: int) -> int:
 
 
 async def run(num_streams: int, num_tokens: int) -> None:
-    async with Engine(config=EngineConfig(disk_kv_bytes=0)) as engine:
+    async with Engine(config=EngineConfig(disk_kv_bytes=0, speculation=False)) as engine:
         await consume(engine, [1, 2, 3], 2)
         for name, streams in (("idle", 0), (f"{num_streams} streams", num_streams)):
             stop = asyncio.Event()

@@ -108,8 +108,8 @@ class VirtualEngine:
     def checks_drafts(self) -> bool:
         return False
 
-    def collect(self, ticket: Done) -> list[tuple[int, None]]:
-        return [(token, None) for token in ticket.tokens]
+    def collect(self, ticket: Done) -> list[list[tuple[int, None]]]:
+        return [[(token, None)] for token in ticket.tokens]
 
     def close(self) -> None:
         """Nothing to free."""

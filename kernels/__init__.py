@@ -48,7 +48,7 @@ class StepInputs:
 
     token_ids: Tensor  # [rows]
     positions: Tensor  # [rows]
-    segments: tuple[Segment, ...]  # those of one row first
+    segments: tuple[Segment, ...]  # shorter ones first
     kv: Tensor  # [layers, 2, blocks, kv_heads, block_tokens, dim]: the pool of keys and values
     output_rows: Tensor  # [outputs]: the rows whose logits are wanted
 

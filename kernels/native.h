@@ -58,7 +58,7 @@ typedef struct {
     const int32_t *block_ids;
     Item *items;
     int32_t *members;       /* rows, item after item */
-    int64_t *first_partial; /* of a decode row: its first slot in `partials`; -1 for others */
+    int64_t *first_partial; /* of a short segment's row: its first slot in `partials`; else -1 */
     float *partials;        /* [slots, kv_heads, groups, padded dim + 2] */
     char *scratch;
 } Step;

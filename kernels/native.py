@@ -25,6 +25,7 @@ INT8_PANEL = 32  # outputs, as native_linear.c has it
 FLOAT_PANEL = 64
 WIDTH_UNIT = 64
 SPLIT_TOKENS = 256  # as native_tile.h has it
+SHORT_ROWS = 16
 MOST_GROUP_HEADS = 192  # query heads of a KV head: the rows of a thread's memory there
 MOST_HEAD_DIM = 1024
 LARGEST = 127 * 256  # of an activation, in units of its row's peak
@@ -243,15 +244,18 @@ class NativeOps:
         library = self.native.library
         heads, kv_heads, dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
         segments, block_ids = _segment_table(inputs)
-        if segments[:, 1].tolist() != sorted(segments[:, 1].tolist(), key=lambda rows: rows > 1):
-            raise ValueError("segments of one row must come first")
+        most = min(SHORT_ROWS, max(MOST_GROUP_HEADS // (heads // kv_heads), 1))
+        is_short = segments[:, 1] <= most
+        if (is_short[1:] & ~is_short[:-1]).any():
+            raise ValueError(f"segments of up to {most} rows must come first")
         if inputs.kv.shape[4] % GROUP_TOKENS:
             raise ValueError(f"blocks of a multiple of {GROUP_TOKENS} tokens are needed")
         if heads // kv_heads > MOST_GROUP_HEADS or dim > MOST_HEAD_DIM or dim % 2:
             raise ValueError(f"{heads} heads of {dim} over {kv_heads} KV heads are not implemented")
         num_rows = len(inputs.token_ids)
-        singles = segments[segments[:, 1] == 1]
-        num_partials = int((singles[:, 2] // SPLIT_TOKENS + 1).sum())
+        short = segments[is_short]
+        last_splits = (short[:, 1] + short[:, 2] - 1) // SPLIT_TOKENS + 1
+        num_partials = int((short[:, 1] * last_splits).sum())
         partial_floats = heads * (-(-dim // 16) * 16 + 2)
         num_threads = torch.get_num_threads()
         items = np.empty((num_rows + num_partials, _ITEM_FIELDS), np.int64)

@@ -10,6 +10,7 @@
 #define TILE (VECTORS * GROUP) /* keys */
 #define SPLIT 256    /* keys */
 #define ROWS 6       /* query rows of one pass over a tile: 6 x 4 vectors fit the registers */
+#define SHORT_ROWS 16 /* of a segment whose splits are items of their own */
 #define MOST_ROWS 192 /* query rows of an item */
 #define NOTHING -1e30f
 
@@ -41,6 +42,10 @@ INLINE int64_t groups_of(const Step *step) { return step->num_heads / step->num_
 INLINE int64_t element_bytes(const Step *step) { return step->is_bfloat16 ? 2 : 4; }
 INLINE int64_t partial_floats(const Step *step) {
     return groups_of(step) * (padded_dim(step) + 2);
+}
+
+INLINE int64_t short_rows(const Step *step) {
+    return smaller(SHORT_ROWS, larger(MOST_ROWS / groups_of(step), 1));
 }
 
 INLINE int64_t num_splits(const Step *step, int64_t row) {

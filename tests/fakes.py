@@ -106,7 +106,8 @@ class FakeRunner:
 
     A prefix is read back through the lease's blocks; logits are a hash of all of it, so that a
     wrong block, a missing copy or a slot that was never computed changes the output, and it is an
-    error at once. Where `script` gives a request's next token, that one comes instead.
+    error at once. Where `script` gives the token behind a request's first output tokens, that one
+    comes instead.
     """
 
     num_blocks: int
@@ -114,7 +115,7 @@ class FakeRunner:
     vocab_size: int = VOCAB
     step_tokens: int | None = None
     fail_at_step: int | None = None
-    script: Callable[[Request], int | None] = lambda _: None
+    script: Callable[[Request, int], int | None] = lambda *_: None
     ahead: bool = False  # tokens come a step later, and until then only the device knows them
     before_step: Callable[[], None] = lambda: None
     gate: Gate = field(factory=Gate)
@@ -139,14 +140,18 @@ class FakeRunner:
         for work in plan.work:
             self._write(work)
         sampling = tuple(work for work in plan.work if work.samples)
-        logits = np.zeros((len(sampling), self.vocab_size), dtype=np.float32)
-        for row, work in zip(logits, sampling, strict=True):
-            row[:] = self._logits(work)
-            self._sampled[work.request.id] = int(row.argmax())
+        rows = [row for work in sampling for row in self._logits(work)]
+        for work in sampling:
+            self._sampled[work.request.id] = int(self._logits(work)[-1].argmax())
+        logits = np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
         runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
         return Computed(sampling, torch.from_numpy(logits), runs_ahead)
 
-    def collect(self, ticket: Computed) -> list[Sampled]:
+    @property
+    def checks_drafts(self) -> bool:
+        return not self.ahead
+
+    def collect(self, ticket: Computed) -> list[list[Sampled]]:
         return collect_computed(ticket)
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -172,16 +177,21 @@ class FakeRunner:
         token = int(request.tokens[position])
         return self._sampled[request.id] if token == PENDING else token
 
-    def _logits(self, work: Work) -> np.ndarray:
+    def _logits(self, work: Work) -> list[np.ndarray]:
+        """Of the last known token, and of each that is drafted."""
         end = work.start + work.num_tokens
         expected = [self._token(work.request, position) for position in range(end)]
         for plane in self._memory[0, :, work.request.lease.block_ids, 0, :, 0].swapaxes(0, 1):
             read = plane.reshape(-1)[:end]
             assert np.array_equal(read, expected), f"wrong KV below {work.request.id}"
-        scripted = self.script(work.request)
-        if scripted is None:
-            return logits_after(read, self.vocab_size)
-        return np.eye(1, self.vocab_size, scripted, dtype=np.float32)[0] * 10
+        rows = []
+        for length in range(work.num_known, end + 1):
+            scripted = self.script(work.request, length - work.request.num_prompt_tokens)
+            if scripted is None:
+                rows.append(logits_after(read[:length], self.vocab_size))
+            else:
+                rows.append(np.eye(1, self.vocab_size, scripted, dtype=np.float32)[0] * 10)
+        return rows
 
 
 def fake_spec(vocab_size: int = VOCAB, context: int = CONTEXT) -> ModelSpec:
@@ -379,8 +389,9 @@ class Script:
         self._texts = iter(texts)
         self._ids: dict[str, list[int]] = {}
 
-    def __call__(self, request: Request) -> int:
+    def __call__(self, request: Request, num_output_tokens: int) -> int:
         if request.id not in self._ids:
             text = next(self._texts)
             self._ids[request.id] = [*self._tokenizer.encode(text), *self._tokenizer.eos_token_ids]
-        return self._ids[request.id][request.num_output_tokens]
+        ids = self._ids[request.id]
+        return ids[min(num_output_tokens, len(ids) - 1)]  # a draft may go beyond the end

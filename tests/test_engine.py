@@ -154,7 +154,7 @@ async def test_stats_count_what_happened():
         stats = engine.stats()
         assert (stats.finished, stats.cancelled, stats.preempted) == (2, 0, 0)
         assert (stats.prompt_tokens, stats.cached_tokens, stats.computed_tokens) == (20, 9, 11)
-        assert (stats.output_tokens, stats.steps) == (12, 12)
+        assert stats.output_tokens == stats.steps + stats.accepted_tokens == 12
         assert stats.running == stats.waiting == 0
         assert stats.kv_used_bytes == (stats.kv_blocks - stats.kv_free_blocks) * 64
         assert 0 <= stats.overhead <= 1

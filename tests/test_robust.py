@@ -256,7 +256,7 @@ class RepeatedScript(Script):
     def __init__(self, tokenizer):
         self._tokenizer, self._in_session, self._ids = tokenizer, 0, {}
 
-    def __call__(self, request):
+    def __call__(self, request, num_output_tokens):
         if request.options.max_tokens != 300:
             return None
         if request.id not in self._ids:
@@ -264,7 +264,8 @@ class RepeatedScript(Script):
             self._in_session += 1
             end = [*self._tokenizer.eos_token_ids]
             self._ids[request.id] = [*self._tokenizer.encode(text), *end]
-        return self._ids[request.id][request.num_output_tokens]
+        ids = self._ids[request.id]
+        return ids[min(num_output_tokens, len(ids) - 1)]
 
     def begin(self):
         self._in_session = 0

@@ -21,7 +21,8 @@ rows = st.lists(
 
 
 def draw(logits, requests):
-    return sample(torch.tensor(np.array(logits), dtype=torch.float32), requests)
+    rows = sample(torch.tensor(np.array(logits), dtype=torch.float32), requests)
+    return [row for (row,) in rows]
 
 
 def one(logits, prompt=(1,), output=(), **options):
@@ -47,6 +48,10 @@ class OnlyThese:
         bits = np.zeros(32, dtype=np.uint8)
         bits[list(self.allowed)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token_id):
+        assert token_id in self.allowed
+        return True
 
 
 class TooComplex:

@@ -1,0 +1,161 @@
+"""Drafts: guesses of a request's next tokens, which the model checks in one forward.
+
+Speculative decoding (Leviathan et al. 2023) without a second model: what a grammar leaves no choice
+about, and else what followed the same words before, in the request's own text (prompt lookup,
+Saxena 2023) or in what other requests wrote lately (as SuffixDecoding does, Oliaro et al. 2024).
+A draft costs rows of a forward; it never changes what is generated: each token is still drawn from
+the model's own logits, and the first one that differs from the draft ends it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agentrt.request import Request
+
+MIN_MATCH_TOKENS = 2
+MAX_MATCH_TOKENS = 16
+MAX_DRAFT_TOKENS = 15
+FIRST_DRAFT_TOKENS = 4
+MOST_STEPS_WITHOUT = 32
+# A step's rows up to which drafts are guessed. On 2 cores, where a forward of one row waits for
+# memory, eight rows take 1.4 times as long; behind 16 each further one costs as much as a step.
+MAX_STEP_ROWS = 16
+# What was written lately, by namespace: enough for some dozens of turns, searched in 10 us.
+RECENT_TOKENS = 16_384
+
+
+def continuation(
+    text: NDArray[np.int32], words: NDArray[np.int32], num_tokens: int
+) -> NDArray[np.int32]:
+    """What followed in `text` where it agrees longest with the end of `words`; the last such place.
+
+    Empty where fewer than MIN_MATCH_TOKENS agree. `words` may end with the end of `text`.
+    """
+    if len(words) < MIN_MATCH_TOKENS or len(text) <= MIN_MATCH_TOKENS:
+        return text[:0]
+    ends = np.flatnonzero(text[:-1] == words[-1])  # where the last word stands, and more follows
+    for num_matched in range(1, min(MAX_MATCH_TOKENS, len(words))):
+        earlier = ends - num_matched
+        longer = ends[(earlier >= 0) & (text[earlier] == words[-1 - num_matched])]
+        if not len(longer):
+            break
+        ends = longer
+    else:
+        num_matched = min(MAX_MATCH_TOKENS, len(words))
+    if num_matched < MIN_MATCH_TOKENS:
+        return text[:0]
+    begin = int(ends[-1]) + 1
+    return text[begin : begin + num_tokens]
+
+
+@define
+class Pace:
+    """How many tokens to guess for one request, from how many guesses were right."""
+
+    num_tokens: int = FIRST_DRAFT_TOKENS
+    steps_without: int = 0  # still to go
+    _misses: int = 0  # one after the other
+
+    def next(self) -> int:
+        """How many to guess now."""
+        if self.steps_without:
+            self.steps_without -= 1
+            return 0
+        return self.num_tokens
+
+    def note(self, num_drafted: int, num_right: int) -> None:
+        """Learn from a draft: longer while all is right; after misses, seldom."""
+        if num_right == num_drafted:
+            self.num_tokens = min(2 * num_drafted + 1, MAX_DRAFT_TOKENS)
+        else:
+            self.num_tokens = max(num_right + 1, 2)
+        self._misses = 0 if num_right else self._misses + 1
+        if self._misses > 1:
+            self.steps_without = min(2 ** (self._misses - 1), MOST_STEPS_WITHOUT)
+
+
+@define
+class Recent:
+    """What was written lately in one namespace: requests' outputs, one after the other."""
+
+    _tokens: NDArray[np.int32] = field(
+        factory=lambda: np.zeros(2 * RECENT_TOKENS, dtype=np.int32), init=False
+    )
+    _num_tokens: int = field(default=0, init=False)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        return self._tokens[: self._num_tokens]
+
+    def add(self, tokens: NDArray[np.int32]) -> None:
+        tokens = tokens[-RECENT_TOKENS:]
+        if self._num_tokens + len(tokens) > len(self._tokens):
+            kept = self.tokens[-RECENT_TOKENS + len(tokens) :].copy()
+            self._tokens[: len(kept)], self._num_tokens = kept, len(kept)
+        self._tokens[self._num_tokens : self._num_tokens + len(tokens)] = tokens
+        self._num_tokens += len(tokens)
+
+
+@define
+class Drafter:
+    """Drafts for the requests of one engine. Owned by the step thread."""
+
+    num_drafted: int = 0  # tokens
+    num_right: int = 0
+    _recent: dict[str, Recent] = field(factory=dict, init=False)
+
+    def draft(self, request: Request, room: int, guess_room: int) -> int:
+        """Put a draft behind the request's known tokens; how long it is: `room` tokens at most, and
+        no guess that makes it longer than `guess_room`. What a grammar forces is no guess.
+        """
+        known = request.known
+        room = max(min(room, request.max_total_tokens - request.num_tokens - 1), 0)
+        forced: list[int] = []
+        if request.constraint is not None:
+            forced = request.constraint.forced_tokens()[:room]
+        put = request.tokens[request.num_tokens :]
+        put[: len(forced)] = forced
+        num_guessed = 0
+        room = min(room, MAX_DRAFT_TOKENS, guess_room) - len(forced)
+        if room > 0 and (pace := request.pace.next()):
+            words = request.tokens[: len(known) + len(forced)]
+            guess = self._guess(words, request.namespace, min(room, pace))
+            num_guessed = len(guess)
+            put[len(forced) : len(forced) + num_guessed] = guess
+        num_draft = len(forced) + num_guessed
+        if num_guessed and request.constraint is not None:
+            num_draft = request.constraint.num_allowed(put[:num_draft].tolist())
+        request.num_draft, request.num_forced = num_draft, min(len(forced), num_draft)
+        return num_draft
+
+    def checked(self, request: Request, num_right: int) -> None:
+        """Learn how many tokens of a request's draft were right."""
+        self.num_drafted += request.num_draft
+        self.num_right += num_right
+        num_guessed = request.num_draft - request.num_forced
+        if num_guessed > 0:
+            request.pace.note(num_guessed, max(num_right - request.num_forced, 0))
+        request.num_draft = request.num_forced = 0
+
+    def finished(self, request: Request) -> None:
+        """Remember what a request wrote."""
+        self._recent.setdefault(request.namespace, Recent()).add(request.output)
+
+    def forget(self, namespace: str) -> None:
+        """Forget what was written in a namespace."""
+        self._recent.pop(namespace, None)
+
+    def _guess(
+        self, words: NDArray[np.int32], namespace: str, num_tokens: int
+    ) -> NDArray[np.int32]:
+        own = continuation(words, words, num_tokens)
+        if len(own) or namespace not in self._recent:
+            return own
+        return continuation(self._recent[namespace].tokens, words, num_tokens)

@@ -1,0 +1,150 @@
+"""Drafts change how many steps a generation takes, and nothing that it says."""
+
+import asyncio
+from collections import Counter
+
+import numpy as np
+import pytest
+from fakes import EOS, FakeEngine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentrt import GenerateOptions
+from agentrt.speculate import MAX_DRAFT_TOKENS, MIN_MATCH_TOKENS, Pace, Recent, continuation
+
+small = st.lists(st.integers(0, 3), max_size=40)
+
+
+def array(tokens):
+    return np.array(tokens, dtype=np.int32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=small, words=small, num_tokens=st.integers(1, 6), own=st.booleans())
+def test_a_continuation_follows_the_longest_agreement(text, words, num_tokens, own):
+    """Against a plain search of every place."""
+    text = words if own else text
+    best, expected = 0, []
+    for end in range(len(text) - 1):
+        agree = 0
+        while agree < min(len(words), end + 1) and text[end - agree] == words[-1 - agree]:
+            agree += 1
+        if agree >= max(best, MIN_MATCH_TOKENS):
+            best, expected = agree, text[end + 1 : end + 1 + num_tokens]
+    got = continuation(array(text), array(words), num_tokens).tolist()
+    if best <= 16:  # longer agreements count as equal
+        assert got == expected
+
+
+def test_the_pace_follows_what_was_right():
+    pace = Pace()
+    assert pace.next() == 4
+    pace.note(4, 4)
+    assert pace.next() == 9
+    pace.note(9, 9)
+    assert pace.next() == MAX_DRAFT_TOKENS
+    pace.note(15, 2)
+    assert pace.next() == 3
+    for _ in range(3):
+        pace.note(3, 0)
+    assert [pace.next() for _ in range(5)] == [0, 0, 0, 0, 2]
+
+
+def test_recent_text_keeps_the_newest():
+    recent = Recent()
+    for start in range(0, 100_000, 500):
+        recent.add(np.arange(start, start + 500, dtype=np.int32))
+    assert recent.tokens[-1] == 99_999
+    assert (np.diff(recent.tokens) == 1).all()
+    assert 16_384 <= len(recent.tokens) <= 2 * 16_384
+
+
+class Loops:
+    """A model that repeats its own text: the token behind t is always (t + 1) % period."""
+
+    def __init__(self, period):
+        self.period = period
+
+    def __call__(self, request, num_output_tokens):
+        prompt = request.tokens[: request.num_prompt_tokens]
+        return 1 + int(prompt[-1] + num_output_tokens) % self.period
+
+
+async def generate(prompts, *, speculation, script=None, vocab_size=None, **options):
+    """(completions, steps)."""
+    async with FakeEngine(num_blocks=128, speculation=speculation, vocab_size=vocab_size) as engine:
+        if script is not None:
+            engine.runner.script = script
+        wanted = GenerateOptions(**{"max_tokens": 40, "ignore_eos": True, **options})
+        done = await asyncio.gather(*(engine.generate(prompt, wanted) for prompt in prompts))
+        await engine.check()
+        return done, engine.stats()
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}, {"top_logprobs": 2}])
+async def test_the_same_tokens_in_fewer_steps(num_prompts, options):
+    prompts = [[1 + n, 2, 3] for n in range(num_prompts)]
+    plain, before = await generate(prompts, speculation=False, script=Loops(5), **options)
+    drafted, after = await generate(prompts, speculation=True, script=Loops(5), **options)
+    for one, other in zip(plain, drafted, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+    assert after.steps < before.steps / 2
+    assert after.accepted_tokens > 20
+    assert before.drafted_tokens == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 2.0])
+async def test_noise_is_the_same_noise(temperature):
+    """Few words, in no order: drafts are mostly wrong, and the tokens those of the model alone."""
+    prompt = [3, 4, 3, 4, 3]
+    options = {"temperature": temperature, "seed": 11, "vocab_size": 6, "max_tokens": 150}
+    plain, _ = await generate([prompt], speculation=False, **options)
+    drafted, stats = await generate([prompt], speculation=True, **options)
+    assert plain[0].token_ids == drafted[0].token_ids
+    assert stats.accepted_tokens < stats.drafted_tokens / 2
+
+
+async def test_drafts_end_where_the_request_does():
+    """At its limit, at a stop token, at the end of the turn."""
+    for length in range(1, 24):
+        done, _ = await generate([[1, 2, 3]], speculation=True, script=Loops(5), max_tokens=length)
+        assert done[0].token_ids == tuple(1 + (3 + n) % 5 for n in range(length))
+    options = {"stop_token_ids": frozenset({2}), "max_tokens": 200}
+    prompt = [1, 2, 3, 4, 5] * 3
+    done, _ = await generate([prompt], speculation=True, script=Loops(5), **options)
+    assert done[0].token_ids == (1, 2)
+    assert done[0].finish_reason == "stop"
+    done, _ = await generate(
+        [[1, EOS, 3, 1]], speculation=True, script=lambda *_: EOS, ignore_eos=False
+    )
+    assert done[0].token_ids == (EOS,)
+
+
+async def test_the_distribution_stays():
+    """400 draws of the second token, with a draft that is mostly wrong, against as many without."""
+    prompt = [7, 8, 7, 8, 7]
+    counts = []
+    for speculation in (False, True):
+        async with FakeEngine(num_blocks=256, speculation=speculation) as engine:
+            completions = await asyncio.gather(
+                *(
+                    engine.generate(
+                        prompt, GenerateOptions(max_tokens=3, temperature=0.5, seed=seed)
+                    )
+                    for seed in range(400)
+                )
+            )
+        counts.append(Counter(done.token_ids for done in completions))
+    assert counts[0] == counts[1]
+
+
+async def test_a_small_pool_preempts_nobody_for_a_draft():
+    async with FakeEngine(num_blocks=12, speculation=True) as engine:
+        engine.runner.script = Loops(5)
+        options = GenerateOptions(max_tokens=16, ignore_eos=True)
+        prompts = [[1 + n, 2, 3] for n in range(2)]
+        await asyncio.gather(*(engine.generate(prompt, options) for prompt in prompts))
+        await engine.check()
+        assert engine.stats().preempted == 0
