@@ -103,8 +103,8 @@ def fingerprint_of(config: EngineConfig, loaded: LoadedModel, token_bytes: int) 
     return Fingerprint(
         namespace=config.namespace,
         model_digest=loaded.digest,
-        layout=f"{spec.num_layers} layers, k v, {spec.num_kv_heads} heads, tokens, {spec.head_dim}, "
-        + compute.kv_layout.name,
+        layout=f"{spec.num_layers} layers, k v, {spec.num_kv_heads} heads, tokens, "
+        f"{spec.head_dim}, {compute.kv_layout.name}",
         dtype=f"{compute.ops.name} {compute.dtype}",  # other kernels round otherwise
         token_bytes=token_bytes,
     )
