@@ -24,7 +24,8 @@ class Batch:
 
 def build_batch(plan: Plan, device: torch.device) -> Batch:
     """Flatten the plan's work, short segments first (as attention wants them)."""
-    tokens, positions, outputs = [], [], []
+    tokens, positions = [], []
+    outputs: list[int] = []
     segments, sampling = [], []
     row = 0
     for work in sorted(plan.work, key=lambda work: work.num_tokens):
