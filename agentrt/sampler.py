@@ -52,11 +52,9 @@ def _run(rows: Sequence[int] | Sequence[Tensor], request: Request) -> list[Sampl
     """Tokens of consecutive rows (logits, or what they gave already), while the draft is right."""
     drawn: list[Sampled] = []
     for index, row in enumerate(rows):
-        one: Sampled
-        if isinstance(row, Tensor):
-            one = _try_row(row, request, index)
-        else:
-            one = (int(row), None)
+        one: Sampled = (
+            _try_row(row, request, index) if isinstance(row, Tensor) else (int(row), None)
+        )
         drawn.append(one)
         if isinstance(one, RequestInvalid) or index + 1 == len(rows):
             break
