@@ -37,10 +37,8 @@ def sample(
     temperature and the top-k, top-p and min-p filters.
     """
     counts = [1 + num for num in num_drafts or [0] * len(requests)]
-    if all(is_plain(request) for request in requests):
-        rows: Sequence[int] | Sequence[Tensor] = logits.argmax(-1).tolist()
-    else:
-        rows = list(logits)
+    is_greedy = all(is_plain(request) for request in requests)
+    rows: list[int | Tensor] = logits.argmax(-1).tolist() if is_greedy else list(logits)
     drawn, first = [], 0
     for request, count in zip(requests, counts, strict=True):
         drawn.append(_run(rows[first : first + count], request))
@@ -48,13 +46,11 @@ def sample(
     return drawn
 
 
-def _run(rows: Sequence[int] | Sequence[Tensor], request: Request) -> list[Sampled]:
+def _run(rows: Sequence[int | Tensor], request: Request) -> list[Sampled]:
     """Tokens of consecutive rows (logits, or what they gave already), while the draft is right."""
     drawn: list[Sampled] = []
     for index, row in enumerate(rows):
-        one: Sampled = (
-            _try_row(row, request, index) if isinstance(row, Tensor) else (int(row), None)
-        )
+        one = _try_row(row, request, index) if isinstance(row, Tensor) else (row, None)
         drawn.append(one)
         if isinstance(one, RequestInvalid) or index + 1 == len(rows):
             break

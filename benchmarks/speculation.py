@@ -28,14 +28,15 @@ import numpy as np
 from agentrt import Engine, EngineConfig, GenerateOptions, Message, ToolCall
 from agentrt.chat import Chat
 from agentrt.config import default_cache_dir
-from agentrt.grammar import GrammarCompiler, tool_calls
+from agentrt.grammar import Constraint, GrammarCompiler
+from agentrt.grammar_calls import TurnShape, tool_calls
 from agentrt.output import OutputText
+from agentrt.parsers_families import HERMES
 from agentrt.registry import locate
 from agentrt.request import Request
 from agentrt.speculate import MAX_DRAFT_TOKENS, Drafter
 from agentrt.template import load_template
-from agentrt.tokenizer import load_tokenizer
-from agentrt.tool_prompt import CLOSE_TAG, OPEN_TAG
+from agentrt.tokenizer import Tokenizer, load_tokenizer
 from agentrt.tools import Tool, ToolSet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -120,6 +121,27 @@ def passes_of(request: Request, drafter: Drafter, num_tokens: int) -> int:
     return passes
 
 
+def request_of(
+    prompt: list[int], recorded: list[int], tokenizer: Tokenizer, constraint: Constraint
+) -> Request:
+    """A request at its prompt's end, with the recorded tokens where the output will be."""
+    num_tokens = len(prompt) + len(recorded)
+    tokens = np.zeros(num_tokens + MAX_DRAFT_TOKENS + 2, np.int32)
+    tokens[:num_tokens] = [*prompt, *recorded]
+    return Request(
+        id="recorded",
+        options=GenerateOptions(),
+        namespace="",
+        sink=lambda _: None,
+        text=OutputText(tokenizer.stream(), ()),
+        tokens=tokens,
+        num_prompt_tokens=len(prompt),
+        eos_token_ids=tokenizer.eos_token_ids,
+        constraint=constraint,
+        submitted_s=0.0,
+    )
+
+
 def recorded_calls(shared: Path, count: int) -> dict[str, Any]:
     conversations = load(shared, count)
     tools = tools_of(conversations)
@@ -127,7 +149,8 @@ def recorded_calls(shared: Path, count: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(path)
     chat = Chat(tokenizer, load_template(path), tokenizer.vocab_size, tokenizer.eos_token_ids)
     compiler = GrammarCompiler(tokenizer.backend, tokenizer.vocab_size, tokenizer.eos_token_ids)
-    grammar, drafter = tool_calls(tools, required=True, parallel=False), Drafter()
+    grammar = tool_calls(tools, shape=TurnShape(required=True, parallel=False))
+    drafter = Drafter()
     num_calls = num_tokens = num_passes = 0
     for messages in conversations:
         history: list[Message] = []
@@ -136,26 +159,9 @@ def recorded_calls(shared: Path, count: int) -> dict[str, Any]:
                 tool = tools.get(call["name"])
                 assert tool is not None
                 arguments = ordered(json.loads(call["arguments"]), tool.parameters)
-                body = json.dumps(
-                    {"name": call["name"], "arguments": arguments}, ensure_ascii=False
-                )
-                text = f"{OPEN_TAG}\n{body}\n{CLOSE_TAG}"
+                ids = tokenizer.encode(HERMES.render([ToolCall("", call["name"], arguments)]))
                 prompt = tokenizer.encode(chat.render(history, tools), allow_special=True)
-                ids = tokenizer.encode(text)
-                tokens = np.zeros(len(prompt) + len(ids) + MAX_DRAFT_TOKENS + 2, np.int32)
-                tokens[: len(prompt) + len(ids)] = [*prompt, *ids]
-                request = Request(
-                    id="recorded",
-                    options=GenerateOptions(),
-                    namespace="",
-                    sink=lambda _: None,
-                    text=OutputText(tokenizer.stream(), ()),
-                    tokens=tokens,
-                    num_prompt_tokens=len(prompt),
-                    eos_token_ids=tokenizer.eos_token_ids,
-                    constraint=compiler.compile(grammar),
-                    submitted_s=0.0,
-                )
+                request = request_of(prompt, ids, tokenizer, compiler.compile(grammar))
                 num_passes += passes_of(request, drafter, len(ids))
                 drafter.finished(request)
                 num_calls, num_tokens = num_calls + 1, num_tokens + len(ids)
