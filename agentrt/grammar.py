@@ -118,7 +118,9 @@ def _bound_map(schema: dict[str, Any]) -> None:
 
 def quoted(value: Any) -> str:
     """A value as JSON; of a text, the form that a literal has in Lark."""
-    return json.dumps(value, ensure_ascii=False)
+    # llguidance's lexer refuses a bare DEL, the one character that JSON leaves as it is and it does
+    # not take.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _escape_slashes(pattern: str) -> str:

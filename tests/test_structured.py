@@ -11,7 +11,7 @@ import attrs
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentrt import grammar
@@ -210,6 +210,7 @@ def test_every_output_matches_its_regex(compiler, tokenizer, pattern, seed) -> N
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=5), st.integers(0, 99))
+@example(["\x7f"], 0)
 def test_every_output_is_one_of_the_choices(compiler, tokenizer, options, seed) -> None:
     assert random_text(compiler, tokenizer, grammar.choice(options), seed) in options
 
