@@ -5,7 +5,7 @@ It plans jobs; a transfer thread carries them out (`agentrt.transfer`) and tells
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
@@ -43,6 +43,17 @@ class Part:
     @property
     def tier(self) -> TierName:
         return "disk" if self.record is not None else "host"
+
+    def places(
+        self, block_tokens: int, block_ids: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(block, offset in it, offset in the chunk, tokens) of each block that it touches."""
+        position = self.first
+        while position < self.end:
+            index, offset = divmod(position, block_tokens)
+            num = min(block_tokens - offset, self.end - position)
+            yield block_ids[index], offset, position - self.start, num
+            position += num
 
 
 @define(eq=False, kw_only=True)
@@ -139,7 +150,10 @@ class Mover:
         return copies
 
     def keep(self, token_ids: TokenArray) -> tuple[Chunk, ...]:
-        """Pin what the tiers have of a log, while room is made for it on the device."""
+        """Pin what the tiers have of a log, while room is made for it on the device: what goes
+        there might take its place here."""
+        if not self.demotes:
+            return ()
         have_tokens = self.cache.peek(token_ids, self.namespace)
         chunks = self.tiers.match(token_ids, have_tokens).chunks
         self.tiers.pin(chunks)

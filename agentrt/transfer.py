@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,12 +55,12 @@ class HostCopier:
 
     def save(self, part: Part, block_ids: tuple[int, ...], after: None) -> None:
         chunk = self._shaped(part.view, part)
-        for block_id, offset, inside, num in self._places(part, block_ids):
+        for block_id, offset, inside, num in part.places(self.pool.shape[4], block_ids):
             self.layout.to_chunk(self.pool[:, :, block_id], offset, chunk, inside, num)
 
     def load(self, part: Part, source: Bytes, block_ids: tuple[int, ...], after: None) -> None:
         chunk = self._shaped(source, part)
-        for block_id, offset, inside, num in self._places(part, block_ids):
+        for block_id, offset, inside, num in part.places(self.pool.shape[4], block_ids):
             self.layout.to_block(chunk, inside, self.pool[:, :, block_id], offset, num)
 
     def sync(self) -> None:
@@ -69,17 +69,6 @@ class HostCopier:
     def _shaped(self, chunk: Bytes, part: Part) -> Bytes:
         layers, _, _, heads, _, row_bytes = self.pool.shape
         return chunk.reshape(layers, 2, heads, part.num_tokens, row_bytes)
-
-    def _places(
-        self, part: Part, block_ids: tuple[int, ...]
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """(block, offset in it, offset in the chunk, tokens) of each block that a part touches."""
-        block_tokens, position = self.pool.shape[4], part.first
-        while position < part.end:
-            index, offset = divmod(position, block_tokens)
-            num = min(block_tokens - offset, part.end - position)
-            yield block_ids[index], offset, position - part.start, num
-            position += num
 
 
 @define(eq=False)

@@ -142,35 +142,24 @@ class CudaCopier:
     def save(self, part: Part, block_ids: tuple[int, ...], after: Any) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(after)
-            chunk = torch.cat([self._place(*place) for place in self._places(part, block_ids)], 3)
+            places = part.places(self.pool.shape[4], block_ids)
+            chunk = torch.cat([self._place(block, at, num) for block, at, _, num in places], 3)
             torch.from_numpy(part.view).copy_(
                 chunk.contiguous().view(torch.uint8).view(-1), non_blocking=True
             )
 
     @torch.inference_mode()
     def load(self, part: Part, source: Any, block_ids: tuple[int, ...], after: Any) -> None:
-        layers, _, _, heads, _, dim = self.pool.shape
+        layers, _, _, heads, block_tokens, dim = self.pool.shape
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(after)
             raw = torch.from_numpy(source).to(self.pool.device, non_blocking=True)
             chunk = raw.view(self.pool.dtype).view(layers, 2, heads, part.num_tokens, dim)
-            inside = part.first - part.start
-            for block, offset, num in self._places(part, block_ids):
+            for block, offset, inside, num in part.places(block_tokens, block_ids):
                 self._place(block, offset, num).copy_(chunk[:, :, :, inside : inside + num])
-                inside += num
 
     def sync(self) -> None:
         self.stream.synchronize()
 
     def _place(self, block: int, offset: int, num: int) -> Tensor:
         return self.pool[:, :, block, :, offset : offset + num]
-
-    def _places(self, part: Part, block_ids: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """(block, first token in it, tokens) of each block that the part touches."""
-        block_tokens, places, position = self.pool.shape[4], [], part.first
-        while position < part.end:
-            index, offset = divmod(position, block_tokens)
-            num = min(block_tokens - offset, part.end - position)
-            places.append((block_ids[index], offset, num))
-            position += num
-        return places

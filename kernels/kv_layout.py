@@ -72,52 +72,51 @@ class GroupLayout:
         return f"groups of {self.group_tokens}"
 
     def to_chunk(self, block: Bytes, offset: int, chunk: Bytes, inside: int, num: int) -> None:
-        for first, end, is_whole in self._runs(inside, inside + num, chunk.shape[-2]):
-            at = offset + first - inside
-            if is_whole:
-                chunk[..., first:end, :] = block[..., at : at + end - first, :]
-            else:
-                for token in range(end - first):
-                    self._copy(block, at + token, chunk, first + token, to_chunk=True)
+        for in_block, in_chunk in self._places(block, offset, chunk, inside, num):
+            in_chunk[...] = in_block
 
     def to_block(self, chunk: Bytes, inside: int, block: Bytes, offset: int, num: int) -> None:
-        for first, end, is_whole in self._runs(inside, inside + num, chunk.shape[-2]):
+        for in_block, in_chunk in self._places(block, offset, chunk, inside, num):
+            in_block[...] = in_chunk
+
+    def _places(
+        self, block: Bytes, offset: int, chunk: Bytes, inside: int, num: int
+    ) -> Iterator[tuple[Bytes, Bytes]]:
+        """Views of the same numbers in the block and in the chunk: whole groups, single tokens."""
+        for first, end, is_whole in self._runs(inside, inside + num):
             at = offset + first - inside
             if is_whole:
-                block[..., at : at + end - first, :] = chunk[..., first:end, :]
-            else:
-                for token in range(end - first):
-                    self._copy(block, at + token, chunk, first + token, to_chunk=False)
+                yield block[..., at : at + end - first, :], chunk[..., first:end, :]
+                continue
+            for token in range(end - first):
+                yield from self._token_places(block, at + token, chunk, first + token)
 
-    def _runs(self, first: int, end: int, num_tokens: int) -> Iterator[tuple[int, int, bool]]:
-        """(first, end, whole groups?) of tokens first .. end of a chunk, in order."""
+    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """(first, end, whole groups?) of a chunk's tokens first .. end, in order."""
         group = self.group_tokens
-        whole = (max(-(-first // group) * group, first), end // group * group)
-        if whole[0] >= whole[1]:
+        whole_first, whole_end = -(-first // group) * group, end // group * group
+        if whole_first >= whole_end:
             yield first, end, False
             return
-        if first < whole[0]:
-            yield first, whole[0], False
-        yield *whole, True
-        if whole[1] < end:
-            yield whole[1], end, False
+        if first < whole_first:
+            yield first, whole_first, False
+        yield whole_first, whole_end, True
+        if whole_end < end:
+            yield whole_end, end, False
 
-    def _copy(self, block: Bytes, at: int, chunk: Bytes, inside: int, *, to_chunk: bool) -> None:
-        """One token."""
-        num_whole = chunk.shape[-2] // self.group_tokens * self.group_tokens
-        for is_value in (False, True):
-            in_block = self._token(block[:, int(is_value)], at, is_value)
-            own = chunk[:, int(is_value)]
-            if inside < num_whole:
-                in_chunk = self._token(own, inside, is_value)
+    def _token_places(
+        self, block: Bytes, at: int, chunk: Bytes, inside: int
+    ) -> Iterator[tuple[Bytes, Bytes]]:
+        num_grouped = chunk.shape[-2] // self.group_tokens * self.group_tokens
+        for which in (0, 1):
+            in_block = self._token(block[:, which], at, is_value=which == 1)
+            own = chunk[:, which]
+            if inside < num_grouped:
+                yield in_block, self._token(own, inside, is_value=which == 1)
             else:
-                in_chunk = own[..., inside, :].reshape(in_block.shape)
-            if to_chunk:
-                in_chunk[...] = in_block
-            else:
-                in_block[...] = in_chunk
+                yield in_block, own[..., inside, :].reshape(in_block.shape)
 
-    def _token(self, tokens: Bytes, index: int, is_value: bool) -> Bytes:
+    def _token(self, tokens: Bytes, index: int, *, is_value: bool) -> Bytes:
         """A view of one token of bytes [layers, kv_heads, whole groups of tokens, dim bytes]."""
         layers, heads, _, row_bytes = tokens.shape
         group, inside = divmod(index, self.group_tokens)
