@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from attrs import define, field, frozen
 
+from agentrt.cache import Copy
+from agentrt.deferred import Deferred
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.mover import Job, prefill_cost_tokens
@@ -21,7 +23,7 @@ from agentrt.runner import Runner, Ticket
 from agentrt.sampler import Sampled
 from agentrt.scheduler import Plan, Scheduler, Work
 from agentrt.transfer import TransferThread
-from agentrt.types import Completion, Finished, FinishReason, TextDelta, TokenLogprob
+from agentrt.types import Finished, FinishReason, TextDelta, TokenLogprob
 
 T = TypeVar("T")
 
@@ -32,17 +34,7 @@ class Launched:
 
     ticket: Ticket
     begin_s: float
-    num_rows: int
-    prefill: list[tuple[int, int]]  # tokens [start, end) of each chunk
-
-
-@frozen
-class Deferred:
-    """A function that waits for transfers."""
-
-    jobs: set[Job]
-    future: Future[Any]
-    function: Callable[[], Any]
+    plan: Plan
 
 
 @define(eq=False)
@@ -69,7 +61,7 @@ class Loop:
     _thread: threading.Thread | None = field(default=None, init=False)
     _is_idle: bool = field(default=True, init=False)  # nothing can run before a command comes
     _in_flight: Launched | None = field(default=None, init=False)
-    _deferred: list[Deferred] = field(factory=list, init=False)
+    _deferred: Deferred = field(factory=Deferred, init=False)
     _collected_s: float = field(default=0.0, init=False)  # when the last step was collected
 
     def start(self) -> None:
@@ -101,7 +93,6 @@ class Loop:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the step thread, between steps."""
         future: Future[T] = Future()
-
         self._command(lambda: _settle(future, function))
         return future
 
@@ -112,7 +103,7 @@ class Loop:
 
         def begin() -> None:
             jobs = set() if mover is None else mover.jobs()
-            self._deferred.append(Deferred(jobs, future, function))
+            self._deferred.add(jobs, lambda: _settle(future, function), future.set_exception)
             self._run_deferred()
 
         self._command(begin)
@@ -181,9 +172,11 @@ class Loop:
         if copies := mover.take_copies():
             self.runner.copy(copies)
 
-    def _start_transfers(self) -> None:
-        """Hand over what was planned. What must be copied inside the pool was copied before."""
+    def _start_transfers(self, copies: Sequence[Copy] = ()) -> None:
+        """Hand over what was planned, when all that must be copied before was copied."""
         self._move_blocks()
+        if copies:
+            self.runner.copy(copies)
         if self.scheduler.mover is not None and self.transfers is not None:
             for job in self.scheduler.mover.drain():
                 self.transfers.submit(job)
@@ -196,8 +189,7 @@ class Loop:
                 raise result
             assert self.scheduler.mover is not None
             self.scheduler.mover.finished(job, result, self.clock())
-            for deferred in self._deferred:
-                deferred.jobs.discard(job)
+            self._deferred.ended(job)
             self._run_deferred()
 
         with self._lock:
@@ -206,10 +198,7 @@ class Loop:
 
     def _run_deferred(self) -> None:
         self._move_blocks()  # else what one of these wipes would come back
-        ready = [deferred for deferred in self._deferred if not deferred.jobs]
-        self._deferred = [deferred for deferred in self._deferred if deferred.jobs]
-        for deferred in ready:
-            _settle(deferred.future, deferred.function)
+        self._deferred.run_ready()
 
     def _end(self, cause: BaseException | None) -> None:
         """Fail whoever still waits: nobody is left hanging."""
@@ -233,8 +222,7 @@ class Loop:
             self._end_transfers()
         elif self.transfers is not None:
             self.transfers.close()
-        for deferred in self._deferred:  # after a failure: else all transfers have ended
-            deferred.future.set_exception(EngineFailed("the engine's step thread failed"))
+        self._deferred.fail(EngineFailed("the engine's step thread failed"))
         self.runner.close()
 
     def _end_transfers(self) -> None:
@@ -263,10 +251,7 @@ class Loop:
         """
         begin = self.clock()
         plan = self.scheduler.plan(begin)
-        self._move_blocks()
-        if plan.copies:
-            self.runner.copy(plan.copies)
-        self._start_transfers()
+        self._start_transfers(plan.copies)
         self._is_idle = not plan.work and self._in_flight is None
         if self._is_idle:
             return
@@ -292,15 +277,12 @@ class Loop:
         ticket: Ticket = self.runner.launch(plan)
         now = self.clock()
         self.counters.forward_s += now - begin
-        spans = [
-            (w.start, w.start + w.num_tokens) for w in plan.work if w.num_tokens > 1 + w.num_draft
-        ]
         for work in plan.work:
             self.scheduler.computed(work, now)
         if ticket.runs_ahead:
             for work in ticket.sampling:
                 work.request.expect()
-        return Launched(ticket, begin, plan.num_rows, spans)
+        return Launched(ticket, begin, plan)
 
     def _collect(self, launched: Launched) -> None:
         """Take a step's tokens; requests that ended since get none."""
@@ -317,10 +299,11 @@ class Loop:
     def _note_rate(self, launched: Launched, seconds: float) -> None:
         """Learn what prefill costs from a step that did little else."""
         mover = self.scheduler.mover
-        num_tokens = sum(end - start for start, end in launched.prefill)
+        chunks, num_rows = launched.plan.chunks, launched.plan.num_rows
+        num_tokens = sum(end - start for start, end in chunks)
         # Without a token to sample, `collect` need not have waited for the device.
-        if mover is not None and launched.ticket.sampling and num_tokens > launched.num_rows / 2:
-            mover.rates.note_compute(num_tokens, prefill_cost_tokens(launched.prefill), seconds)
+        if mover is not None and launched.ticket.sampling and num_tokens > num_rows / 2:
+            mover.rates.note_compute(num_tokens, prefill_cost_tokens(chunks), seconds)
 
     def _count(self, plan: Plan) -> None:
         counters = self.counters
@@ -391,20 +374,10 @@ class Loop:
             self._events.append((request.sink, TextDelta(rest, ())))
         request.drop_pending()
         self.scheduler.finish(request, now)
-        if self.scheduler.drafter is not None:
-            self.scheduler.drafter.finished(request)
         del self._live[request.id]
         self.counters.finished += 1
         self.counters.output_tokens += request.num_output_tokens
-        completion = Completion(
-            request_id=request.id,
-            token_ids=tuple(request.output.tolist()),
-            text=request.text.text,
-            finish_reason=reason,
-            usage=request.usage(now),
-            logprobs=None if request.options.top_logprobs is None else tuple(request.logprobs),
-        )
-        self._events.append((request.sink, Finished(completion)))
+        self._events.append((request.sink, Finished(request.completion(reason, now))))
 
     def _flush(self) -> None:
         if self._events:

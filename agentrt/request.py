@@ -11,7 +11,14 @@ from attrs import define, field
 
 from agentrt.errors import RequestInvalid
 from agentrt.speculate import Pace
-from agentrt.types import FinishReason, GenerateOptions, TierName, TokenLogprob, Usage
+from agentrt.types import (
+    Completion,
+    FinishReason,
+    GenerateOptions,
+    TierName,
+    TokenLogprob,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,8 +128,7 @@ class Request:
     first_token_s: float | None = None
     logprobs: list[TokenLogprob] = field(factory=list)
     pace: Pace = field(factory=Pace)  # of its drafts
-    num_draft: int = 0  # tokens behind the known ones that the next step checks
-    num_forced: int = 0  # of these, what a grammar leaves no choice about
+    num_forced: int = 0  # of its newest draft, what a grammar leaves no choice about
     rng: Any = None  # the sampler's generator, made at the first draw
 
     @num_tokens.default
@@ -184,6 +190,17 @@ class Request:
         if self.is_full and self.num_pending == 0:
             return "length"
         return None
+
+    def completion(self, reason: FinishReason, now: float) -> Completion:
+        """What its caller gets in the end."""
+        return Completion(
+            request_id=self.id,
+            token_ids=tuple(self.output.tolist()),
+            text=self.text.text,
+            finish_reason=reason,
+            usage=self.usage(now),
+            logprobs=None if self.options.top_logprobs is None else tuple(self.logprobs),
+        )
 
     def usage(self, now: float) -> Usage:
         first = now if self.first_token_s is None else self.first_token_s

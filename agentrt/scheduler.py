@@ -61,6 +61,15 @@ class Plan:
     def num_rows(self) -> int:
         return sum(work.num_tokens for work in self.work)
 
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Tokens [start, end) of each prefill chunk of more than one."""
+        return [
+            (work.start, work.start + work.num_tokens)
+            for work in self.work
+            if work.num_tokens > 1 + work.num_draft
+        ]
+
 
 @define
 class Scheduler:
@@ -129,7 +138,7 @@ class Scheduler:
     def checked(self, work: Work, num_right: int) -> None:
         """Learn from a draft: how many of its tokens were right."""
         if self.drafter is not None and work.num_draft:
-            self.drafter.checked(work.request, num_right)
+            self.drafter.checked(work.request, work.num_draft, num_right)
 
     def finish(self, request: Request, now: float) -> None:
         """Take a request out, whatever its state; its KV stays in the cache."""
@@ -139,6 +148,8 @@ class Scheduler:
         elif request.state is not State.FINISHED:
             self._release(request, now)
         request.state = State.FINISHED
+        if self.drafter is not None:
+            self.drafter.finished(request)
 
     def _decode_rows(self, now: float) -> list[Work]:
         """A row for each decoding request, and its draft where there is room for one."""

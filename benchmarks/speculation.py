@@ -112,7 +112,7 @@ def passes_of(request: Request, drafter: Drafter, num_tokens: int) -> int:
             and draft[right] == recorded[done + right]
         ):
             right += 1
-        drafter.checked(request, min(right, num_draft))
+        drafter.checked(request, num_draft, right)
         for token in recorded[done : done + right + 1].tolist():
             assert request.constraint is not None
             assert request.constraint.accept(token), "the recorded call does not fit its grammar"

@@ -34,7 +34,17 @@ LAYERS = [
     },
     {"guards", "guards_classifier", "guards_patterns", "screen", "tool_runs"},
     {"order", "speculate"},
-    {"explain", "mover", "output", "pauses", "poster", "request", "scheduler", "token_log"},
+    {
+        "deferred",
+        "explain",
+        "mover",
+        "output",
+        "pauses",
+        "poster",
+        "request",
+        "scheduler",
+        "token_log",
+    },
     {"submission"},
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
