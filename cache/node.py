@@ -60,6 +60,24 @@ class Node:
         self.use(now)
         self.num_hits += 1
 
+    def path(self) -> list["Node"]:
+        """The nodes from below the root down to this one."""
+        path = [self]
+        while (parent := path[-1].parent) is not None and parent.attached:
+            path.append(parent)
+        return path[::-1]
+
+    def covered_above(self, block: int, begin: int) -> int:
+        """How many tokens of a block, whose first is token `begin` of the path, are before the end
+        of the nearest ancestor that holds it."""
+        # All holders of a block lie on one path, though not always next to each other.
+        ancestor = self.parent
+        while ancestor is not None and ancestor.end > begin:
+            if ancestor.blocks[-1] == block:
+                return ancestor.end - begin
+            ancestor = ancestor.parent
+        return 0
+
     def chain_above(self) -> Iterator["Node"]:
         """Ancestors that lead to this node only, the nearest first."""
         ancestor = self.parent

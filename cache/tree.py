@@ -167,10 +167,7 @@ class RadixTree:
         start = self._free_from(leaf, end)
         if self.on_evict is None or start == leaf.end:
             return
-        path = [leaf]
-        while (parent := path[-1].parent) is not None and parent.attached:
-            path.append(parent)
-        path.reverse()
+        path = leaf.path()
         evicted = Evicted(
             token_ids=np.concatenate([node.tokens for node in path]),
             start=start,
@@ -336,7 +333,7 @@ class RadixTree:
         parent = leaf.parent
         assert parent is not None
         block, index = leaf.blocks[0], leaf.start // self._block_tokens
-        self._pool.committed[block] = self._covered_above(leaf, block, index)
+        self._pool.committed[block] = leaf.covered_above(block, index * self._block_tokens)
         self._pool.release_all(leaf.blocks)
         del parent.children[int(leaf.tokens[0])]
         leaf.parent = None
@@ -364,7 +361,7 @@ class RadixTree:
             node.end - index * self._block_tokens, self._block_tokens
         ):
             # No deeper node holds it, or the mark were higher.
-            self._pool.committed[old] = self._covered_above(node, old, index)
+            self._pool.committed[old] = node.covered_above(old, index * self._block_tokens)
         node.blocks[place] = block
         self._pool.retain(block)
         self._pool.release(old)
@@ -382,16 +379,6 @@ class RadixTree:
         for block, num_covered in self._coverage(node, place):
             if committed[block] < num_covered:
                 committed[block] = num_covered
-
-    def _covered_above(self, node: Node, block: int, index: int) -> int:
-        # All holders of a block lie on one path, though not always next to each other.
-        begin = index * self._block_tokens
-        ancestor = node.parent
-        while ancestor is not None and ancestor.end > begin:
-            if ancestor.blocks[-1] == block:
-                return ancestor.end - begin
-            ancestor = ancestor.parent
-        return 0
 
     def _mark_dead(self, node: Node, state: SessionState) -> None:
         if node.children:
