@@ -99,9 +99,10 @@ def _tagged(tools: ToolSet, shape: TurnShape) -> str:
 
 def _llama_json(tools: ToolSet, shape: TurnShape) -> str:
     tag = '{"name": '
-    calls, rules = _alternatives(tools, '"{name}", "parameters": ')
+    heads = [quoted(f'"{each.name}", "parameters": ') for each in tools]
+    calls = " | ".join(f'{head} arguments_{index} "}}"' for index, head in enumerate(heads))
     more = _repeated(f"{quoted('; ' + tag)} call", shape)
-    rules += f"calls: call {more}\ncall: {calls}\n"
+    rules = f"{_argument_rules(tools)}calls: call {more}\ncall: {calls}\n"
     return _after_text(tag, _TEXT_WITHOUT_OBJECT, rules, shape)
 
 
@@ -116,10 +117,7 @@ def _mistral(tools: ToolSet, shape: TurnShape) -> str:
 
 def _mistral_named(tools: ToolSet, shape: TurnShape) -> str:
     tag, arguments = _literal(MISTRAL_TAG, shape), _literal(ARGUMENTS_TAG, shape)
-    rules = "".join(
-        f"arguments_{index}: {json_value(bounded(each.parameters))}\n"
-        for index, each in enumerate(tools)
-    )
+    rules = _argument_rules(tools)
     call = " | ".join(
         f"{quoted(each.name)} {arguments} arguments_{index}" for index, each in enumerate(tools)
     )
@@ -199,17 +197,12 @@ def _repeated(rule: str, shape: TurnShape) -> str:
     return f"({rule}){{0,{MAX_CALLS - 1}}}" if shape.parallel else ""
 
 
-def _alternatives(tools: ToolSet, head: str) -> tuple[str, str]:
-    """Each tool's call after its tag, up to the closing brace, and the rules of the arguments."""
-    rules = "".join(
+def _argument_rules(tools: ToolSet) -> str:
+    """A rule for each tool's arguments as JSON: arguments_0, and so on."""
+    return "".join(
         f"arguments_{index}: {json_value(bounded(each.parameters))}\n"
         for index, each in enumerate(tools)
     )
-    calls = " | ".join(
-        f'{quoted(head.replace("{name}", each.name))} arguments_{index} "}}"'
-        for index, each in enumerate(tools)
-    )
-    return calls, rules
 
 
 def _literal(text: str, shape: TurnShape) -> str:

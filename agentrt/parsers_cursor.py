@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
 
 from attrs import define, field
 
@@ -166,6 +165,3 @@ def _num_begun(text: str, start: int, literal: str) -> int:
     """How many characters at the end of `text` may be the start of `literal`."""
     longest = min(len(text) - start, len(literal) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(literal[:n])), 0)
-
-
-Steps = Generator[None, None, Any]

@@ -21,7 +21,8 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _object(call: ToolCall, key: str = "arguments") -> str:
+def call_json(call: ToolCall, key: str = "arguments") -> str:
+    """A call as one JSON object, as most families write it."""
     return _dump({"name": call.name, key: dict(call.arguments)})
 
 
@@ -36,7 +37,7 @@ def _read_tagged(parser: TurnParser) -> Wait:
 
 
 def _render_tagged(calls: Sequence[ToolCall]) -> str:
-    return "\n".join(f"{OPEN_TAG}\n{_object(call)}\n{CLOSE_TAG}" for call in calls)
+    return "\n".join(f"{OPEN_TAG}\n{call_json(call)}\n{CLOSE_TAG}" for call in calls)
 
 
 # ---- {"name": ..., "parameters": {...}}; {...}
@@ -55,7 +56,7 @@ def _read_llama_json(parser: TurnParser) -> Wait:
 
 
 def _render_llama_json(calls: Sequence[ToolCall]) -> str:
-    return "; ".join(_object(call, "parameters") for call in calls)
+    return "; ".join(call_json(call, "parameters") for call in calls)
 
 
 # ---- [name(key=value, ...), ...]
@@ -146,7 +147,7 @@ def _read_mistral_named(parser: TurnParser) -> Wait:
 
 
 def _render_mistral(calls: Sequence[ToolCall]) -> str:
-    return f"{MISTRAL_TAG} [{', '.join(map(_object, calls))}]"
+    return f"{MISTRAL_TAG} [{', '.join(map(call_json, calls))}]"
 
 
 def _render_mistral_named(calls: Sequence[ToolCall]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 from attrs import evolve
 
 from agentrt.guards import Guard, GuardedText, Stop, guarded
 from agentrt.parsers import parse_json
+from agentrt.parsers_families import call_json
 from agentrt.types import (
     ReasoningDelta,
     SessionEvent,
@@ -76,8 +76,7 @@ class Screen:
         return [*shown, event]
 
     async def _call(self, call: ToolCall) -> ToolCall | None:
-        written = {"name": call.name, "arguments": dict(call.arguments)}
-        raw = json.dumps(written, ensure_ascii=False)
+        raw = call_json(call)
         text, self.stopped = await guarded(raw, self._guards, "call")
         if self.stopped is None and text != raw:
             self.is_changed = True

@@ -14,7 +14,7 @@ from agentrt.conversation import Conversation
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
 from agentrt.guards import Stop, guarded
 from agentrt.session_store import SavedSession, SessionFile
-from agentrt.structured import output_form
+from agentrt.structured import output_form, refuse_two_grammars
 from agentrt.token_log import TokenLog, check_text
 from agentrt.tools import ToolSet
 from agentrt.turn import Turn, TurnRules
@@ -212,8 +212,7 @@ class Session:
             raise RequestInvalid(f"tool_choice is 'auto', 'required' or 'once', got {choice!r}")
         if choice != "auto" and not self.tools:
             raise RequestInvalid(f"tool_choice={choice!r} needs a session with tools")
-        if rules.output is not None and rules.options.grammar is not None:
-            raise RequestInvalid("output and options.grammar exclude each other: give one of them")
+        refuse_two_grammars(rules.options, rules.output)
 
     def _refuse_busy(self) -> None:
         if self._closed:

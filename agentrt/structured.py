@@ -13,6 +13,7 @@ from agentrt.errors import OutputInvalid, RequestInvalid, ToolInvalid
 from agentrt.grammar import bounded, choice, json_schema, json_value
 from agentrt.tool_arguments import convert, validate
 from agentrt.tool_schema import schema_of
+from agentrt.types import GenerateOptions
 
 _WHERE = "output"
 
@@ -41,6 +42,12 @@ class OutputForm:
                 f"the output cannot be read: {exc}: raise max_tokens if it was cut off, or let "
                 f"the schema say what the class wants. The output is {text[:200]!r}"
             ) from exc
+
+
+def refuse_two_grammars(options: GenerateOptions, output: object | None) -> None:
+    """Raise RequestInvalid where an output form and a grammar would both hold one generation."""
+    if output is not None and options.grammar is not None:
+        raise RequestInvalid("output and options.grammar exclude each other: give one of them")
 
 
 def output_form(wanted: Any) -> OutputForm:

@@ -7,8 +7,8 @@ from typing import Any
 from attrs import evolve
 
 from agentrt.config import ResolvedConfig
-from agentrt.errors import Overloaded, PromptTooLong, RequestInvalid
-from agentrt.structured import OutputForm, output_form
+from agentrt.errors import Overloaded, PromptTooLong
+from agentrt.structured import OutputForm, output_form, refuse_two_grammars
 from agentrt.types import GenerateOptions
 
 
@@ -41,8 +41,7 @@ def held_to(options: GenerateOptions, output: Any) -> tuple[GenerateOptions, Out
     """The options with the grammar of what `output` asks for, and its form."""
     if output is None:
         return options, None
-    if options.grammar is not None:
-        raise RequestInvalid("output and options.grammar exclude each other: give one of them")
+    refuse_two_grammars(options, output)
     form = output_form(output)
     return evolve(options, grammar=form.grammar), form
 
