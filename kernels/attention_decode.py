@@ -21,7 +21,7 @@ from torch import Tensor
 from agentrt.kernels.attention_shares import attend_tile, merge_shares, store_share
 from agentrt.kernels.dependent import arrive, start_next, wait_previous
 from agentrt.kernels.gemv import launch_options
-from agentrt.kernels.paged import load_tile, load_tile_now
+from agentrt.kernels.paged import load_tile
 from agentrt.kernels.rotary import angles_at, load_heads, rotate
 
 MAX_BATCH = 64  # with more rows another kernel is compiled
@@ -104,8 +104,10 @@ def decode_attention_stage(
     kv_head = tl.minimum((tile - first) // num_tiles, KV_HEADS - 1)
     start = (tile - first) % num_tiles * TILE
     end = tl.where(tile < stop, position, 0)  # of the cached tokens
-    keys = load_tile_now(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
-    values = load_tile_now(value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
+    keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True)
+    values = load_tile(
+        value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
+    )
     if (tile < stop) | (program == 0):  # programs without work leave room for the next kernel
         wait_previous(PDL)
     group = tl.arange(0, M)
@@ -198,11 +200,11 @@ def decode_attention_stage(
             table = tables + slot.to(tl.int64) * TABLE
             kv_head = (tile - first) // num_tiles
             start = (tile - first) % num_tiles * TILE
-            keys = load_tile_now(
-                key_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE
+            keys = load_tile(
+                key_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
             )
-            values = load_tile_now(
-                value_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE
+            values = load_tile(
+                value_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
             )
 
 

@@ -54,27 +54,14 @@ def load_tile(
     BLOCK_TOKENS: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
+    NOW: tl.constexpr = False,
 ):
-    """Keys or values [TILE, D] of a paged context from `start` on, zero from `end` on."""
+    """Keys or values [TILE, D] of a paged context from `start` on, zero from `end` on.
+
+    NOW, outside of a loop: into registers, past the first cache, which may hold what an earlier
+    kernel read there before the memory changed.
+    """
     pointers = tile_pointers(cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
     there = start + tl.arange(0, TILE) < end
-    return tl.load(pointers, mask=there[:, None], other=0.0)
-
-
-@triton.jit
-def load_tile_now(
-    cache,
-    table,
-    start,
-    end,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The same outside of a loop: into registers, past the first cache, which may hold what an
-    earlier kernel read there before the memory changed."""
-    pointers = tile_pointers(cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
-    there = start + tl.arange(0, TILE) < end
-    return tl.load(pointers, mask=there[:, None], other=0.0, cache_modifier=".cg")
+    modifier: tl.constexpr = ".cg" if NOW else ""
+    return tl.load(pointers, mask=there[:, None], other=0.0, cache_modifier=modifier)
