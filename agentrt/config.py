@@ -65,8 +65,8 @@ class EngineConfig:
     chat template shows, and a template without tools gets the form of Hermes.
     `long_prefill="triton"` keeps cuDNN out of prefill after long contexts on CUDA, where "auto"
     lets it attend to them. `random_weights` runs a folder that holds config.json alone, for
-    benchmarks. `speculation` lets a step check guesses of the next tokens,
-    which saves steps and changes no output. `max_waiting` bounds the queue (Overloaded beyond it).
+    benchmarks. `speculation` lets a step check guesses of the next tokens, which saves steps and
+    changes no output. `max_waiting` bounds the queue (Overloaded beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """

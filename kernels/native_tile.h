@@ -199,14 +199,14 @@ INLINE void attend_rows(int is_bfloat16, int num_rows, const Step *step, const M
                       outputs);
 }
 
-#define ROW_CASES(is_bfloat16)                                                \
-    switch (num_rows) {                                                       \
-    case 1: attend_rows(is_bfloat16, 1, step, memory, first, tile, next); break;    \
-    case 2: attend_rows(is_bfloat16, 2, step, memory, first, tile, next); break;    \
-    case 3: attend_rows(is_bfloat16, 3, step, memory, first, tile, next); break;    \
-    case 4: attend_rows(is_bfloat16, 4, step, memory, first, tile, next); break;    \
-    case 5: attend_rows(is_bfloat16, 5, step, memory, first, tile, next); break;    \
-    default: attend_rows(is_bfloat16, ROWS, step, memory, first, tile, next);       \
+#define ROW_CASES(is_bfloat16)                                                    \
+    switch (num_rows) {                                                           \
+    case 1: attend_rows(is_bfloat16, 1, step, memory, first, tile, next); break;  \
+    case 2: attend_rows(is_bfloat16, 2, step, memory, first, tile, next); break;  \
+    case 3: attend_rows(is_bfloat16, 3, step, memory, first, tile, next); break;  \
+    case 4: attend_rows(is_bfloat16, 4, step, memory, first, tile, next); break;  \
+    case 5: attend_rows(is_bfloat16, 5, step, memory, first, tile, next); break;  \
+    default: attend_rows(is_bfloat16, ROWS, step, memory, first, tile, next);     \
     }
 
 static inline void attend_some(int64_t num_rows, const Step *step, const Memory *memory,
