@@ -65,6 +65,7 @@ class EngineParts:
     def stats(self) -> Stats:
         scheduler, counters = self.loop.scheduler, self.loop.counters
         config, cache, mover = scheduler.config, scheduler.cache.stats(), scheduler.mover
+        origins = scheduler.origins
         block_bytes = config.block_tokens * config.kv_token_bytes
         return Stats(
             model=self.model_name,
@@ -76,9 +77,11 @@ class EngineParts:
             cancelled=counters.cancelled,
             preempted=counters.preempted,
             steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            computed_tokens=counters.computed_tokens,
+            prompt_tokens=origins.known,
+            cached_tokens=origins.tiers["device"],
+            loaded_tokens={tier: origins.tiers[tier] for tier in ("host", "disk")},
+            computed_tokens=origins.computed,
+            recomputed_tokens=origins.again,
             output_tokens=counters.output_tokens,
             drafted_tokens=0 if scheduler.drafter is None else scheduler.drafter.num_drafted,
             accepted_tokens=0 if scheduler.drafter is None else scheduler.drafter.num_right,
@@ -90,7 +93,7 @@ class EngineParts:
             step_s=counters.step_s,
             forward_s=counters.forward_s,
             last_batch_rows=counters.last_batch_rows,
-            loaded_tokens={} if mover is None else dict(mover.loaded_tokens),
+            fetched_tokens={} if mover is None else dict(mover.fetched_tokens),
             failed_loads=0 if mover is None else mover.failed_loads,
             lower=None if mover is None else mover.tiers.stats(),
             disk_problem=self.disk_problem,

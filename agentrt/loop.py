@@ -310,17 +310,6 @@ class Loop:
         counters.steps += 1
         counters.last_batch_rows = plan.num_rows
         counters.preempted = self.scheduler.num_preempted
-        for work in plan.work:
-            self._count_work(work)
-
-    def _count_work(self, work: Work) -> None:
-        request, counters = work.request, self.counters
-        if request.state is State.PREFILL:
-            counters.computed_tokens += work.num_tokens
-            if not request.counted:
-                request.counted = True
-                counters.prompt_tokens += request.num_prompt_tokens
-                counters.cached_tokens += request.cached_tokens
 
     def _take_run(self, work: Work, results: Sequence[Sampled], now: float) -> None:
         """A step's tokens of one request came, or an error that is this request's alone."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 if TYPE_CHECKING:
+    from agentrt.types import TierName
     from agentrt.cache.tier import LowerStats
 
 
@@ -24,9 +25,11 @@ class Stats:
     cancelled: int
     preempted: int
     steps: int
-    prompt_tokens: int  # of requests that were admitted
-    cached_tokens: int  # prompt tokens that were on the device
-    computed_tokens: int  # prompt tokens that were computed
+    prompt_tokens: int  # whose KV is there: the sum of the next three
+    cached_tokens: int  # were on the device, some of them fetched ahead
+    loaded_tokens: Mapping[TierName, int]  # came from lower tiers for the sake of their request
+    computed_tokens: int
+    recomputed_tokens: int  # computed once more after a preemption, output tokens too
     output_tokens: int
     drafted_tokens: int  # guesses of the next tokens that a step checked
     accepted_tokens: int  # of these, right ones: output tokens that took no step of their own
@@ -38,7 +41,9 @@ class Stats:
     step_s: float  # in steps, all together
     forward_s: float  # of that, in the model and the sampler
     last_batch_rows: int
-    loaded_tokens: Mapping[str, int] = field(factory=dict)  # by the tier that they came from
+    # All that each lower tier brought up, ahead of requests or for those that were then preempted
+    # or cancelled too.
+    fetched_tokens: Mapping[TierName, int] = field(factory=dict)
     failed_loads: int = 0  # computed after all
     lower: LowerStats | None = None  # of the tiers below the device, if there are any
     disk_problem: str | None = None  # why there is no disk tier, though one was wanted
@@ -57,9 +62,6 @@ class Counters:
     cancelled: int = 0
     preempted: int = 0
     steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
     output_tokens: int = 0
     step_s: float = 0.0
     forward_s: float = 0.0

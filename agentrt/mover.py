@@ -93,7 +93,7 @@ class Mover:
     rates: Rates
     overlaps: bool  # whether copies and compute run side by side
     namespace: str
-    loaded_tokens: dict[str, int] = field(factory=lambda: {"host": 0, "disk": 0})
+    fetched_tokens: dict[TierName, int] = field(factory=lambda: {"host": 0, "disk": 0})
     failed_loads: int = 0
     demotes: bool = False  # whether a tier takes what the device evicts, and not each turn's end
     _planned: list[Job] = field(factory=list, init=False)
@@ -298,7 +298,7 @@ class Mover:
             self.failed_loads += 1
         else:
             for tier, num_tokens in counts.items():
-                self.loaded_tokens[tier] += num_tokens
+                self.fetched_tokens[tier] += num_tokens
                 self.rates.note_load(tier, num_tokens * self.tiers.token_bytes, seconds[tier])
         assert job.on_end is not None
         job.on_end(counts, now)

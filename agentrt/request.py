@@ -10,6 +10,7 @@ import numpy as np
 from attrs import define, field
 
 from agentrt.errors import RequestInvalid
+from agentrt.origins import Origins
 from agentrt.speculate import Pace
 from agentrt.types import (
     Completion,
@@ -121,10 +122,8 @@ class Request:
     num_computed: int = 0
     lease: Lease | None = None
     load: Load | None = None
-    cached_tokens: int = 0  # found on the device at the first admission
-    loaded_tokens: dict[TierName, int] = field(factory=lambda: {"host": 0, "disk": 0})
+    origins: Origins = field()
     admitted: bool = False
-    counted: bool = False  # whether the counters know of the prompt
     first_token_s: float | None = None
     logprobs: list[TokenLogprob] = field(factory=list)
     pace: Pace = field(factory=Pace)  # of its drafts
@@ -134,6 +133,10 @@ class Request:
     @num_tokens.default
     def _prompt(self) -> int:
         return self.num_prompt_tokens
+
+    @origins.default
+    def _no_origins(self) -> Origins:
+        return Origins(self.num_prompt_tokens)
 
     @property
     def max_total_tokens(self) -> int:
@@ -206,11 +209,7 @@ class Request:
         first = now if self.first_token_s is None else self.first_token_s
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            cached_tokens={
-                "device": self.cached_tokens,
-                "host": self.loaded_tokens["host"],
-                "disk": self.loaded_tokens["disk"],
-            },
+            cached_tokens=dict(self.origins.own.tiers),
             output_tokens=self.num_output_tokens,
             ttft_s=first - self.submitted_s,
             total_s=now - self.submitted_s,

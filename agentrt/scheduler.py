@@ -11,6 +11,7 @@ from agentrt.cache.node import num_common
 from agentrt.errors import CacheCorrupt
 from agentrt.explain import SHOWN_TOKENS, Admission, Admissions
 from agentrt.order import Order
+from agentrt.origins import Tally
 from agentrt.pauses import Pauses
 from agentrt.request import Request, State
 from agentrt.speculate import MAX_STEP_ROWS, Drafter
@@ -89,6 +90,7 @@ class Scheduler:
     running: list[Request] = field(factory=list)
     num_preempted: int = 0
     admissions: Admissions = field(factory=Admissions)
+    origins: Tally = field(factory=Tally)  # of all prompts
     order: Order = field()
 
     @pauses.default
@@ -100,6 +102,7 @@ class Scheduler:
         return Order(self.cache, self.mover)
 
     def submit(self, request: Request) -> None:
+        request.origins.total = self.origins
         self.waiting.append(request)
 
     def plan(self, now: float) -> Plan:
@@ -131,6 +134,7 @@ class Scheduler:
         request = work.request
         request.num_computed = work.num_known
         if request.state is State.PREFILL:
+            request.origins.computed(work.start, work.num_known)
             self._commit(request, now)
             if request.num_computed == request.num_tokens:
                 request.state = State.DECODE
@@ -186,8 +190,7 @@ class Scheduler:
             request.load = None
         elif request.num_computed == load.start:
             request.load, request.num_computed = None, load.end
-            for tier, num_tokens in load.tokens_by_tier.items():
-                request.loaded_tokens[tier] += num_tokens
+            request.origins.loaded(load.start, load.end, load.tokens_by_tier)
             self._commit(request, now)
             if self.mover is not None:
                 self.mover.promoted(request.tokens[: request.num_computed])
@@ -244,12 +247,11 @@ class Scheduler:
             return None
         request.lease, copies = got
         request.num_computed = request.lease.num_cached_tokens
-        if not request.admitted:
-            request.admitted = True
-            request.cached_tokens = request.num_computed
+        request.origins.found(request.num_computed)
         if self.mover is not None:
             request.load = self.mover.load(request.known[:-1], request.lease, now)
-        if not request.counted:
+        if not request.admitted:
+            request.admitted = True
             self._note_admission(request)
         request.state = State.PREFILL
         self.order.left(request, self.waiting, to_run=True)

@@ -86,7 +86,8 @@ async def measure_agents(shared: Path, num_agents: int, concurrency: int) -> dic
         stats = engine.stats()
         await engine.check()
     summary: dict[str, Any] = report.summary()
-    computed, new = stats.computed_tokens, summary["new_tokens"]
+    computed = stats.computed_tokens + stats.recomputed_tokens
+    new = summary["new_tokens"]
     return summary | {
         "computed_tokens": computed,
         "computed_over_new": round(computed / new, 4),

@@ -89,9 +89,9 @@ async def run(agents: Rows, config: EngineConfig) -> dict[str, Any]:
         await engine.check()
         return {
             "wall_s": wall_s,
-            "computed": stats.computed_tokens,
+            "computed": stats.computed_tokens + stats.recomputed_tokens,
             "device": stats.cached_tokens,
-            **{tier: stats.loaded_tokens.get(tier, 0) for tier in ("host", "disk")},
+            **stats.loaded_tokens,
         }
 
 
@@ -145,12 +145,12 @@ def run_virtual(agents: Rows, config: EngineConfig, costs: Costs, seed: int = 0)
     for number, turns in enumerate(agents):
         VirtualAgent(engine, number, turns).go_on()
     engine.run()
-    counters, mover = engine.loop.counters, engine.loop.scheduler.mover
+    origins = engine.loop.scheduler.origins
     return {
         "wall_s": engine.now,
-        "computed": counters.computed_tokens,
-        "device": counters.cached_tokens,
-        "host": 0 if mover is None else mover.loaded_tokens["host"],
+        "computed": origins.computed + origins.again,
+        "device": origins.tiers["device"],
+        "host": origins.tiers["host"],
     }
 
 

@@ -63,12 +63,13 @@ async def run(arguments: argparse.Namespace, model: str, config: EngineConfig) -
         stats = engine.stats()
     shared = num_shared_tokens([row["segments"][0][1] for row in rows])
     new = report.summary()["new_tokens"] - shared
+    computed = stats.computed_tokens + stats.recomputed_tokens
     return {
         "turns": len(report.turns),
         "wall_s": round(report.wall_s, 1),
         "new_tokens": new,
-        "computed_tokens": stats.computed_tokens,
-        "ratio": round(stats.computed_tokens / new, 4),
+        "computed_tokens": computed,
+        "ratio": round(computed / new, 4),
         "preempted": stats.preempted,
         "evicted_tokens": stats.evicted_tokens,
     }

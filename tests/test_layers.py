@@ -38,6 +38,7 @@ LAYERS = [
         "deferred",
         "explain",
         "mover",
+        "origins",
         "output",
         "pauses",
         "poster",

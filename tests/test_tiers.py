@@ -188,6 +188,7 @@ async def test_a_tool_that_is_due_has_its_session_fetched_before_it_ends(tmp_pat
 async def test_random_traffic_over_five_times_the_pool(tmp_path, seed, disk_bytes):
     """Every tier is too small for all; every answer is right and every budget holds."""
     rng = random.Random(seed)
+    usages = []
     logs = [prompt(100 + i, rng.randrange(30, 60)) for i in range(24)]
     engine = FakeEngine(
         num_blocks=60,
@@ -203,6 +204,7 @@ async def test_random_traffic_over_five_times_the_pool(tmp_path, seed, disk_byte
             made = GenerateOptions(max_tokens=rng.randrange(1, 9), ignore_eos=True)
             done = await engine.generate(log, made)
             assert done.token_ids == tuple(greedy_after(log, made.max_tokens))
+            usages.append(done.usage)
             log += done.token_ids
             async with engine.pause(log, rng.choice(["a", "b"])):
                 await asyncio.sleep(rng.choice([0, 0.001, 0.02]))
@@ -214,7 +216,13 @@ async def test_random_traffic_over_five_times_the_pool(tmp_path, seed, disk_byte
         await settled(engine)
         await engine.check()
         stats = engine.stats()
-        assert stats.loaded_tokens["host"] + stats.loaded_tokens["disk"] > 0
+        assert sum(stats.loaded_tokens.values()) > 0
+        # Each prompt token has one origin, though requests are preempted and KV fetched ahead.
+        assert stats.prompt_tokens == sum(usage.prompt_tokens for usage in usages)
+        from_tiers = stats.cached_tokens + sum(stats.loaded_tokens.values())
+        assert stats.prompt_tokens == from_tiers + stats.computed_tokens
+        assert from_tiers == sum(sum(usage.cached_tokens.values()) for usage in usages)
+        assert sum(stats.fetched_tokens.values()) >= sum(stats.loaded_tokens.values())
         assert stats.lower.host_bytes <= 30 * SLOT_BYTES
         if disk_bytes:
             assert await asyncio.to_thread(engine._open.disk.file_bytes) <= disk_bytes
