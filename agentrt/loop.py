@@ -17,6 +17,7 @@ from agentrt.deferred import Deferred
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.mover import Job, prefill_cost_tokens
+from agentrt.observer import Observers
 from agentrt.poster import Sink
 from agentrt.request import Request, State
 from agentrt.runner import Runner, Ticket
@@ -52,6 +53,7 @@ class Loop:
     clock: Callable[[], float] = time.monotonic
     counters: Counters = field(factory=Counters)
     transfers: TransferThread | None = None  # where there are tiers below the device
+    observers: Observers = field(factory=Observers)
     _inbox: deque[Callable[[], None]] = field(factory=deque, init=False)
     _lock: threading.Condition = field(factory=threading.Condition, init=False)
     _closed: bool = field(default=False, init=False)
@@ -78,7 +80,8 @@ class Loop:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises EngineClosed or EngineFailed."""
-        self._command(lambda: self._accept(request))
+        with self.observers.submission(request):
+            self._command(lambda: self._accept(request))
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step. One that has ended already is left alone."""
@@ -215,7 +218,7 @@ class Loop:
             if cause is not None:
                 error = EngineFailed(f"the engine's step thread failed: {cause!r}")
                 error.__cause__ = cause
-            self._events.append((request.sink, error))
+            self._send(request, error, self.clock())
         self._live.clear()
         self._flush()
         if cause is None:
@@ -279,6 +282,7 @@ class Loop:
         self.counters.forward_s += now - begin
         for work in plan.work:
             self.scheduler.computed(work, now)
+        self.observers.tell(lambda each: each.launched(plan, begin))
         if ticket.runs_ahead:
             for work in ticket.sampling:
                 work.request.expect()
@@ -295,6 +299,7 @@ class Loop:
         for work, results in zip(launched.ticket.sampling, sampled, strict=True):
             if work.request.state is not State.FINISHED:
                 self._take_run(work, results, now)
+        self.observers.tell(lambda each: each.collected(launched.plan, now))
 
     def _note_rate(self, launched: Launched, seconds: float) -> None:
         """Learn what prefill costs from a step that did little else."""
@@ -329,7 +334,13 @@ class Loop:
         request.drop_pending()
         self.scheduler.finish(request, now)
         del self._live[request.id]
-        self._events.append((request.sink, error))
+        self._send(request, error, now)
+
+    def _send(self, request: Request, end: Finished | AgentrtError, now: float) -> None:
+        """A request's last event."""
+        reason = end.completion.finish_reason if isinstance(end, Finished) else end
+        self.observers.tell(lambda each: each.ended(request, reason, now))
+        self._events.append((request.sink, end))
 
     def _take_token(
         self,
@@ -366,7 +377,7 @@ class Loop:
         del self._live[request.id]
         self.counters.finished += 1
         self.counters.output_tokens += request.num_output_tokens
-        self._events.append((request.sink, Finished(request.completion(reason, now))))
+        self._send(request, Finished(request.completion(reason, now)), now)
 
     def _flush(self) -> None:
         if self._events:

@@ -13,6 +13,7 @@ from agentrt.cache.evict import SessionState
 from agentrt.conversation import Conversation
 from agentrt.errors import EngineClosed, RequestInvalid, SessionBusy
 from agentrt.guards import Stop, guarded
+from agentrt.observer import Observers, Scope, current_scope
 from agentrt.session_store import SavedSession, SessionFile
 from agentrt.structured import output_form, refuse_two_grammars
 from agentrt.token_log import TokenLog, check_text
@@ -22,6 +23,7 @@ from agentrt.types import (
     Message,
     Reply,
     SessionEvent,
+    ToolCall,
     ToolChoice,
     TurnFinished,
 )
@@ -35,7 +37,8 @@ class Session:
     """A conversation whose token log only grows, so that its KV stays valid from turn to turn.
 
     Made by `Engine.session`. Owns `messages` and the log. One turn runs at a time (SessionBusy).
-    A turn that fails or is cancelled is taken back: the log is as it was before it.
+    A turn that fails or is cancelled is taken back: the log is as it was before it. Observers know
+    the session as `agent`.
 
     With `tool_choice="required"` a turn begins with at least one tool call; after the results the
     model is free again, so that it can answer. With "once" a turn is exactly one call and then an
@@ -67,6 +70,8 @@ class Session:
             check_text(system)
             self.messages.append(Message(role="system", content=system))
         self._file = saved_as
+        self.agent = current_scope().agent or self._observers.new_name()
+        self._num_forks = 0
         self._busy = False
         self._closed = False
 
@@ -127,6 +132,10 @@ class Session:
     def _log(self) -> TokenLog:
         return self._conversation.log
 
+    @property
+    def _observers(self) -> Observers:
+        return self._engine._open.loop.observers
+
     async def run(
         self, text: str, *, tool_choice: ToolChoice | None = None, output: Any = None
     ) -> Reply:
@@ -173,8 +182,10 @@ class Session:
     async def tool_pause(self, name: str = "tool") -> AsyncGenerator[None]:
         """For callers who run their own tools: say that this session waits for one, as long as the
         block takes. Its KV may make room meanwhile and is brought back in time."""
-        async with self._engine.pause(self._log.ids, name):
-            yield
+        scope, call = Scope(self.agent), ToolCall("", name, {})
+        with self._observers.tool(scope, call):
+            async with self._engine.pause(self._log.ids, name):
+                yield
 
     async def erase(self) -> None:
         """Forget the conversation, and overwrite its KV in every tier wherever no other session
@@ -197,6 +208,8 @@ class Session:
             self._engine, self._chat, system=None, tools=tuple(self.tools), rules=self.rules
         )
         twin._conversation = self._conversation.copy()
+        self._num_forks += 1
+        twin.agent = f"{self.agent}.{self._num_forks}"
         return twin
 
     def _check_options(self) -> None:
@@ -227,7 +240,8 @@ class Session:
         if output is not None:
             rules = evolve(rules, output=output_form(output))
         self._check_rules(rules)
-        return Turn(self._engine, self._conversation, rules)
+        scope = self._observers.new_turn(self.agent)
+        return Turn(self._engine, self._conversation, rules, scope)
 
     async def _turn(self, text: str, turn: Turn) -> AsyncGenerator[SessionEvent]:
         self._refuse_busy()

@@ -10,6 +10,7 @@ import anyio
 from attrs import define, evolve, field, frozen
 
 from agentrt.errors import RequestInvalid
+from agentrt.observer import Observers, Scope
 from agentrt.tools import ToolSet, run_tool
 from agentrt.types import ToolCall, ToolResult
 
@@ -51,6 +52,8 @@ class ToolRuns:
     approval: Approval | None = None
     grown: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
+    observers: Observers = field(factory=Observers)
+    scope: Scope = field(factory=Scope)
     partial: dict[str, str] = field(factory=dict, init=False)  # by call id, what streamed so far
     tasks: list[asyncio.Task[ToolResult]] = field(factory=list, init=False)
     calls: list[ToolCall] = field(factory=list, init=False)
@@ -90,4 +93,6 @@ class ToolRuns:
             self.partial[call.id] = text
             self.grown()
 
-        return await run_tool(self.tools, call, clock=self.clock, grown=grown)
+        with self.observers.tool(self.scope, call) as results:
+            results.append(await run_tool(self.tools, call, clock=self.clock, grown=grown))
+        return results[-1]

@@ -12,6 +12,7 @@ from attrs import define, evolve, field, frozen
 
 from agentrt.grammar_calls import TurnShape, text_without_calls, thinking_then, tool_calls
 from agentrt.guards import Guard, Stop, guarded
+from agentrt.observer import Observers, Scope, scoped
 from agentrt.screen import Screen
 from agentrt.structured import OutputForm
 from agentrt.tool_prefill import ToolPrefill
@@ -56,6 +57,7 @@ class Turn:
     engine: Engine
     conversation: Conversation
     rules: TurnRules
+    scope: Scope
     steps: list[Step] = field(factory=list, init=False)
     _reasoning: str = field(default="", init=False)
     _text: str = field(default="", init=False)  # of the step that runs, without calls
@@ -64,17 +66,22 @@ class Turn:
 
     async def run(self) -> AsyncGenerator[SessionEvent]:
         """Steps until no tool is called; TurnFinished last."""
-        while True:
-            await self.conversation.render()
-            options = self.step_options(first=not self.steps)
-            async with aclosing(self._step(options)) as events:
-                async for event in events:
-                    yield event
-            has_calls = bool(self.steps and self.steps[-1].results)
-            is_over = self._stopped is not None or not has_calls
-            if is_over or len(self.steps) >= self.rules.max_steps:
-                yield self._end(has_calls)
-                return
+        with self._observers.turn(self.scope):
+            while True:
+                await self.conversation.render()
+                options = self.step_options(first=not self.steps)
+                async with aclosing(self._step(options)) as events:
+                    async for event in events:
+                        yield event
+                has_calls = bool(self.steps and self.steps[-1].results)
+                is_over = self._stopped is not None or not has_calls
+                if is_over or len(self.steps) >= self.rules.max_steps:
+                    break
+        yield self._end(has_calls)
+
+    @property
+    def _observers(self) -> Observers:
+        return self.engine._open.loop.observers
 
     def step_options(self, *, first: bool) -> GenerateOptions:
         """The options of one generation: those of the session, with the grammar of the step."""
@@ -102,7 +109,12 @@ class Turn:
         """One generation and the tools that it calls. A tool may start before it ends."""
         self._text, self._completion = "", None
         screen = Screen(self.rules.output_guards) if self.rules.output_guards else None
-        runs = ToolRuns(self.conversation.tools, self.rules.approval)
+        runs = ToolRuns(
+            self.conversation.tools,
+            self.rules.approval,
+            observers=self._observers,
+            scope=self.scope,
+        )
         try:
             async with aclosing(self._generate(options, screen)) as events:
                 async for event in events:
@@ -129,7 +141,7 @@ class Turn:
         parser = conversation.chat.parser(log.text, conversation.tools, conversation.num_calls)
         is_rewritten = conversation.take_rewrites() > 0
         stream = self.engine.raw_stream(tuple(log.ids), options, is_rewritten=is_rewritten)
-        async with aclosing(stream) as events:
+        async with aclosing(stream), aclosing(scoped(self.scope, stream)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     self._completion, parts = event.completion, parser.flush()

@@ -32,7 +32,7 @@ LAYERS = [
         *("tool_schema", "tools", "vocabulary", "vocabulary_fast", "vocabulary_sentencepiece"),
         "weights",
     },
-    {"guards", "guards_classifier", "guards_patterns", "screen", "tool_runs"},
+    {"guards", "guards_classifier", "guards_patterns", "observer", "screen", "tool_runs"},
     {"order", "speculate"},
     {
         "deferred",
