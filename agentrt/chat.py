@@ -13,17 +13,23 @@ from attrs import define, evolve, field
 from agentrt.errors import RequestInvalid
 from agentrt.parsers import THINK_CLOSE, THINK_OPEN, CallFormat, TurnParser
 from agentrt.parsers_families import FORMATS, HERMES, format_of
-from agentrt.token_log import guard
+from agentrt.request import prompt_array
+from agentrt.token_log import INLINE_CHARACTERS, check_text, guard
 from agentrt.tool_prompt import render_result, render_tool_section
 from agentrt.types import Message
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from agentrt.grammar import Constraint, GrammarCompiler
     from agentrt.grammar_calls import Thinking, TurnShape
     from agentrt.output import TextDecoder
     from agentrt.template import ChatTemplate
     from agentrt.tokenizer import Tokenizer
     from agentrt.tools import ToolSet
+
+Prompt = str | Sequence[int]
 
 
 class NoText:
@@ -62,6 +68,20 @@ class Chat:
             return " ".join(map(str, ids))
         stream = self.tokenizer.stream()
         return stream.push(ids) + stream.flush()
+
+    async def prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
+        """A prompt as checked ids; long text is encoded in a worker thread.
+
+        Raises RequestInvalid.
+        """
+        if not isinstance(prompt, str | bytes | bytearray):
+            return prompt_array(prompt, self.vocab_size)
+        if self.tokenizer is None:
+            raise RequestInvalid("this model has no tokenizer: pass token ids")
+        text, encode = check_text(prompt), self.tokenizer.encode
+        if len(text) <= INLINE_CHARACTERS:
+            return prompt_array(encode(text), self.vocab_size)
+        return prompt_array(await anyio.to_thread.run_sync(encode, text), self.vocab_size)
 
     @property
     def call_format(self) -> CallFormat:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio.to_thread
@@ -22,27 +23,27 @@ from agentrt.explain import MAX_ADMISSIONS, Explanation, explain
 from agentrt.guards import Guard, guarded_completion, guarded_prompt, guarded_stream
 from agentrt.metrics import Stats
 from agentrt.output import OutputText
-from agentrt.request import Request, check_options, prompt_array
+from agentrt.request import Request, check_options
 from agentrt.session import Session
 from agentrt.session_store import SessionFile, SessionStore
 from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
 from agentrt.structured import output_form
 from agentrt.submission import admissible_tokens, held_to, samples
-from agentrt.token_log import INLINE_CHARACTERS, check_text
 from agentrt.tool_runs import APPROVE_TIMEOUT_S, Approval, Approve
 from agentrt.turn import TurnRules
 from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from openai import AsyncOpenAI
 
     from agentrt.cache import SessionState
+    from agentrt.chat import Prompt
     from agentrt.engine_parts import EngineParts
     from agentrt.grammar import Constraint
     from agentrt.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 SESSIONS_FOLDER = "sessions"
 
 
@@ -130,7 +131,7 @@ class Engine:
         options, form = held_to(options or GenerateOptions(), output)
         if self.input_guards:
             prompt = await self._guarded_prompt(prompt)
-        ids = await self._prompt_ids(prompt)
+        ids = await self._open.chat.prompt_ids(prompt)
         streams: list[TokenStream] = []
         try:
             for one in samples(options):
@@ -182,7 +183,7 @@ class Engine:
         options = options or GenerateOptions()
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
-        ids = await self._prompt_ids(prompt)
+        ids = await self._open.chat.prompt_ids(prompt)
         stream = await self._submit(ids, options, is_rewritten=is_rewritten)
         try:
             async for event in stream:
@@ -193,9 +194,8 @@ class Engine:
     async def prefill(self, token_ids: Sequence[int]) -> None:
         """Compute a prompt's KV ahead of the request that will have it, at the price of one token
         sampled in vain. Raises as `generate` does."""
-        stream = await self._submit(
-            await self._prompt_ids(token_ids), GenerateOptions(max_tokens=1)
-        )
+        ids = await self._open.chat.prompt_ids(token_ids)
+        stream = await self._submit(ids, GenerateOptions(max_tokens=1))
         await stream.collect()
 
     def session(
@@ -295,6 +295,15 @@ class Engine:
         loop, ids = self._parts.loop, np.asarray(token_ids, np.int32)
         loop.tell(lambda: loop.scheduler.pauses.mark(ids, state, loop.clock()))
 
+    def openai(self, **settings: Any) -> AsyncOpenAI:
+        """A ready `openai.AsyncOpenAI` that this engine answers: no port, no second process.
+
+        `settings` are the client's own. Raises MissingExtra without the extra `openai`.
+        """
+        adapter = import_module("agentrt.adapters.openai")  # above us: loaded only when asked for
+        client: AsyncOpenAI = adapter.client(self, self._open.chat, **settings)
+        return client
+
     # ---- state
 
     @property
@@ -382,15 +391,6 @@ class Engine:
             submitted_s=time.monotonic(),
         )
         return request, stream
-
-    async def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
-        vocab_size = self._open.spec.vocab_size
-        if not isinstance(prompt, str | bytes | bytearray):
-            return prompt_array(prompt, vocab_size)
-        text, encode = check_text(prompt), self.tokenizer.encode
-        if len(text) <= INLINE_CHARACTERS:
-            return prompt_array(encode(text), vocab_size)
-        return prompt_array(await anyio.to_thread.run_sync(encode, text), vocab_size)
 
 
 def _close_parts(opening: Future[EngineParts]) -> None:

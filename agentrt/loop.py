@@ -364,7 +364,8 @@ class Loop:
         text = "" if is_control else request.text.push(token_id)
         if request.text.stopped:
             reason = "stop"
-        self._events.append((request.sink, TextDelta(text, (token_id,))))
+        logprobs = () if logprob is None else (logprob,)
+        self._events.append((request.sink, TextDelta(text, (token_id,), logprobs)))
         if reason is not None:
             self._finish(request, reason, now)
 

@@ -30,7 +30,11 @@ class TokenStream:
         if isinstance(event, TextDelta):
             old = self._delta
             if old is not None:
-                event = TextDelta(old.text + event.text, old.token_ids + event.token_ids)
+                event = TextDelta(
+                    old.text + event.text,
+                    old.token_ids + event.token_ids,
+                    old.logprobs + event.logprobs,
+                )
             self._delta = event
         else:
             self._end = event

@@ -164,11 +164,13 @@ class Message:
 
 @frozen
 class TextDelta:
-    """New text, with the token ids that made it. Ids come as they are generated; text is held back
-    while it may still become a stop string or an unfinished character."""
+    """New text, with the token ids that made it. Ids come as they are generated, with their
+    log-probabilities where those were asked for; text is held back while it may still become a stop
+    string or an unfinished character."""
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @frozen
