@@ -56,6 +56,7 @@ LAYERS = [
         *("conversation", "engine", "engine_parts", "engine_tiers", "session", "session_store"),
         *("step_thread", "stream", "tool_prefill", "turn"),
     },
+    {"trace_page", "trace_record", "trace_timeline"},
     {"adapters"},
     {"__main__"},
 ]

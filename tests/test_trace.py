@@ -1,0 +1,371 @@
+"""Recordings of runs, and their page: in Chromium, where there is one."""
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+from browser import CHROMIUM, chromium_page
+from fakes import FakeEngine, Script
+
+from agentrt import GenerateOptions, tool
+from agentrt.__main__ import main
+from agentrt.cli_trace import write_page
+from agentrt.errors import RequestInvalid
+from agentrt.observer import Observer, agent
+from agentrt.trace_page import page
+from agentrt.trace_record import read_lines, record
+from agentrt.trace_timeline import timeline
+
+OPTIONS = GenerateOptions(max_tokens=120)
+CALL = '<tool_call>\n{"name": "look_up", "arguments": {"key": "a"}}\n</tool_call>'
+
+
+@tool
+async def look_up(key: str) -> str:
+    """Look a key up."""
+    await asyncio.sleep(0)
+    return f"{key} is 1"
+
+
+def scripted(tokenizer, template, texts, **config):
+    engine = FakeEngine(
+        num_blocks=8000, context=4000, tokenizer=tokenizer, template=template, checked=False,
+        **{"step_tokens": 256, **config},
+    )  # fmt: skip
+    engine.runner.script = Script(tokenizer, texts)
+    return engine
+
+
+async def run_agents(engine, num_agents):
+    """Agents with a tool, one turn each."""
+
+    async def run(number):
+        with agent(f"agent {number}"):
+            session = engine.session(system="Be short.", tools=[look_up], options=OPTIONS)
+        await session.run(f"I am {number}. What is a?")
+        return session
+
+    return await asyncio.gather(*(run(number) for number in range(num_agents)))
+
+
+class CallsOnce:
+    """A script: a request without a tool's result calls the tool, one with it answers."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._scripts = tokenizer, {}
+
+    def __call__(self, request, num_output_tokens):
+        if request.id not in self._scripts:
+            prompt = self._tokenizer.decode(request.tokens[: request.num_prompt_tokens].tolist())
+            text = "It is 1." if "The tool says" in prompt else CALL
+            self._scripts[request.id] = Script(self._tokenizer, [text])
+        return self._scripts[request.id](request, num_output_tokens)
+
+
+async def recorded(tokenizer, template, path, num_agents, **config):
+    async with scripted(tokenizer, template, [], **config) as engine:
+        engine.runner.script = CallsOnce(tokenizer)
+        async with record(engine, path):
+            await run_agents(engine, num_agents)
+        return engine.stats()
+
+
+def lines_of(path):
+    with path.open() as lines:
+        return read_lines(lines, str(path))
+
+
+# ---- observers
+
+
+async def test_observers_hear_of_each_request_with_its_agent_and_turn(tokenizer, template):
+    class Heard(Observer):
+        def __init__(self):
+            self.events = []
+
+        def submitted(self, request, scope, now):
+            self.events.append(("submitted", scope.agent, scope.turn))
+
+        def ended(self, request, outcome, now):
+            self.events.append(("ended", outcome))
+
+        def turn_began(self, scope, now):
+            self.events.append(("turn", scope.agent, scope.turn))
+
+        def turn_ended(self, scope, error, now):
+            self.events.append(("turn ended", error))
+
+        def tool_began(self, scope, call, now):
+            self.events.append(("tool", scope.agent, scope.turn, call.name))
+
+        def tool_ended(self, scope, call, result, now):
+            self.events.append(("tool ended", result.content))
+
+    heard = Heard()
+    async with scripted(tokenizer, template, [CALL, "It is 1.", "x", "y"]) as engine:
+        with engine._open.loop.observers.attached(heard):
+            with agent("ada"):
+                session = engine.session(tools=[look_up], options=OPTIONS)
+            await session.run("What is a?")
+            await engine.generate("plain", OPTIONS)
+        await engine.generate("nobody listens", GenerateOptions(max_tokens=1))
+    turn = heard.events[0][2]
+    tools = [event for event in heard.events if event[0].startswith("tool")]
+    assert tools == [("tool", "ada", turn, "look_up"), ("tool ended", "a is 1")]
+    # A tool starts when its call is complete, which may be before its request has ended.
+    assert [event for event in heard.events if event not in tools] == [
+        ("turn", "ada", turn),
+        ("submitted", "ada", turn),
+        ("ended", "stop"),
+        ("submitted", "ada", turn),
+        ("ended", "stop"),
+        ("turn ended", None),
+        ("submitted", "", None),
+        ("ended", "stop"),
+    ]
+
+
+async def test_forks_are_agents_of_their_own(tokenizer, template):
+    async with scripted(tokenizer, template, ["Hello!"]) as engine:
+        with agent("ada"):
+            session = engine.session(options=OPTIONS)
+        await session.run("Hi")
+        assert [twin.agent for twin in await session.fork(2)] == ["ada.1", "ada.2"]
+        assert [twin.agent for twin in await session.fork(1)] == ["ada.3"]
+        assert engine.session().agent != engine.session().agent
+
+
+# ---- recordings
+
+
+async def test_a_recording_adds_up_to_the_statistics(tokenizer, template, tmp_path):
+    stats = await recorded(tokenizer, template, tmp_path / "run.jsonl", 3)
+    lines = lines_of(tmp_path / "run.jsonl")
+    by_kind = Counter(line["kind"] for line in lines)
+    assert by_kind["submitted"] == by_kind["ended"] == stats.finished == 6
+    assert by_kind["turn"] == by_kind["tool"] == 3
+    assert by_kind["step"] == stats.steps
+    steps = [line for line in lines if line["kind"] == "step"]
+    prefilled = sum(tokens for step in steps for _, tokens in step["prefill"])
+    assert prefilled == stats.computed_tokens
+    assert all(step["rows"] >= len(step["prefill"]) + len(step["decode"]) for step in steps)
+    ended = [line for line in lines if line["kind"] == "ended"]
+    assert sum(line["tokens"]["device"] for line in ended) == stats.cached_tokens
+    assert sum(line["output_tokens"] for line in ended) == stats.output_tokens
+    last = [line for line in lines if line["kind"] == "sample"][-1]
+    assert last["tokens"]["computed"] == stats.computed_tokens
+    assert last["bytes"]["device"] == stats.kv_used_bytes
+
+
+async def test_a_recording_holds_no_text(tokenizer, template, tmp_path):
+    await recorded(tokenizer, template, tmp_path / "run.jsonl", 2)
+    text = (tmp_path / "run.jsonl").read_text()
+    assert "look_up" in text
+    for said in ("What is a", "Be short", "It is 1", "a is 1", "arguments"):
+        assert said not in text
+
+
+async def test_a_cancelled_turn_and_what_runs_at_the_end_are_in_the_recording(
+    tokenizer, template, tmp_path
+):
+    started, path = asyncio.Event(), tmp_path / "run.jsonl"
+
+    @tool
+    async def look_up(key: str) -> str:
+        """Waits for ever."""
+        started.set()
+        await asyncio.Event().wait()
+
+    async with scripted(tokenizer, template, [CALL]) as engine:
+        session = engine.session(tools=[look_up], options=OPTIONS)
+        turn = asyncio.create_task(session.run("What is a?"))
+        async with record(engine, path):
+            await started.wait()
+        turn.cancel()
+        await asyncio.gather(turn, return_exceptions=True)
+    ends = {line["kind"]: line for line in lines_of(path) if line.get("end", 0) is None}
+    assert set(ends) <= {"tool", "turn"}
+    (row,) = timeline(lines_of(path)).rows
+    assert row.spans[-1].kind == "tool"
+    assert row.spans[-1].end_s == pytest.approx(timeline(lines_of(path)).seconds)
+
+
+async def test_a_recording_that_cannot_be_written_says_so(tokenizer, template, tmp_path):
+    async with scripted(tokenizer, template, ["x"]) as engine:
+        with pytest.raises(RequestInvalid, match="cannot be written"):
+            async with record(engine, tmp_path / "no" / "run.jsonl"):
+                pass
+        with pytest.raises(RequestInvalid, match=r"not whole.*No space"):
+            async with record(engine, "/dev/full"):
+                await engine.generate("hello", OPTIONS)
+
+
+# ---- timelines
+
+
+def line(kind, **facts):
+    return {"kind": kind, **facts}
+
+
+HEADER = line(
+    "recording", format=1, at=10.0, model="m", kernels="k", weights="w", device_bytes=100,
+    host_bytes=0,
+)  # fmt: skip
+
+
+def submitted(request, at, agent=""):
+    return line("submitted", at=at, request=request, agent=agent, turn=None, prompt_tokens=4)
+
+
+def step(begin, end, prefill=(), decode=()):
+    chunks = [[request, 4] for request in prefill]
+    rows = 4 * len(prefill) + len(decode)
+    return line("step", begin=begin, end=end, rows=rows, prefill=chunks, decode=list(decode))
+
+
+def ended(request, at):
+    tokens = {"device": 0, "host": 0, "disk": 0, "computed": 4}
+    facts = {"first_token": at, "tokens": tokens, "output_tokens": 1, "reason": "stop"}
+    return line("ended", at=at, request=request, **facts)
+
+
+def kinds(row):
+    return [(s.kind, round(s.begin_s, 3), round(s.end_s, 3)) for s in row.spans]
+
+
+def test_a_request_queues_is_prefilled_and_decodes():
+    lines = [
+        HEADER,
+        submitted("r0", 10.0, "ada"),
+        step(10.5, 11.0, ["r0"]),
+        step(11.0, 11.5, ["r0"]),
+        step(11.6, 12.0, [], ["r0"]),
+        ended("r0", 12.0),
+    ]
+    (row,) = timeline(lines).rows
+    assert kinds(row) == [("queue", 0, 0.5), ("prefill", 0.5, 1.5), ("decode", 1.5, 2.0)]
+
+
+def test_a_preempted_request_queues_again():
+    lines = [
+        HEADER,
+        submitted("r0", 10.0, "ada"),
+        step(10.0, 11.0, ["r0"]),
+        step(11.0, 12.0, [], ["r0"]),
+        step(14.0, 15.0, ["r0"]),
+        step(15.0, 16.0, [], ["r0"]),
+        ended("r0", 16.0),
+    ]
+    (row,) = timeline(lines).rows
+    assert [kind for kind, *_ in kinds(row)] == ["prefill", "decode", "queue", "prefill", "decode"]
+    assert kinds(row)[2] == ("queue", 2, 4)
+
+
+def test_requests_of_nobody_share_as_few_rows_as_hold_them():
+    lines = [HEADER, submitted("r0", 10), submitted("r1", 10.5), submitted("r2", 12)]
+    lines += [ended("r0", 11), ended("r1", 13), ended("r2", 12.5)]
+    rows = timeline(lines).rows
+    assert [row.agent for row in rows] == ["unnamed 1", "unnamed 2"]
+    assert [len(row.spans) for row in rows] == [2, 1]
+
+
+def test_a_request_that_never_ran_queues_to_the_end():
+    (row,) = timeline([HEADER, submitted("r0", 10, "a"), line("end", at=15)]).rows
+    assert kinds(row) == [("queue", 0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is empty"),
+        ("no json\n", "line 1: not JSON"),
+        ('{"kind": "step"}\n', "line 1: not a recording"),
+        (json.dumps(HEADER | {"format": 99}) + "\n", "format 99"),
+        (json.dumps(HEADER) + '\n{"kind": "step", "begin": 1}\n', "damaged"),
+    ],
+)
+def test_what_is_no_recording_is_refused(text, why, tmp_path, capsys):
+    (tmp_path / "run.jsonl").write_text(text)
+    assert main(["trace", str(tmp_path / "run.jsonl")]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_names_cannot_leave_the_pages_data():
+    lines = [HEADER, submitted("r0", 10.0, "</script><b>x"), line("end", at=15)]
+    made = page(timeline(lines))
+    assert "</script><b>" not in made
+    assert "\\u003c/script>" in made
+
+
+# ---- the page in a browser
+
+ROWS = """[...document.querySelectorAll(".row")].map(row => {
+  const track = row.querySelector(".track").getBoundingClientRect();
+  return [row.dataset.agent, [...row.querySelectorAll(".span")].map(span => {
+    const box = span.getBoundingClientRect();
+    return [span.dataset.kind, (box.left - track.left) / track.width, box.width / track.width,
+            box.width];
+  })];
+})"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+async def test_the_page_shows_what_was_recorded(tokenizer, template, tmp_path):
+    """100 agents: each row of the page against the recording's own lines."""
+    recording, path = tmp_path / "run.jsonl", tmp_path / "run.html"
+    await recorded(tokenizer, template, recording, 100, max_batch=32)
+    await asyncio.to_thread(write_page, recording, path)
+    lines = lines_of(recording)
+
+    def look():
+        with chromium_page(tmp_path / "profile") as shown:
+            shown.size(1400, 900)
+            shown.open(path)
+            rows = shown.value(ROWS)
+            charts = shown.value('document.querySelectorAll(".chart path[d^=M]").length')
+            facts = shown.value('document.getElementById("facts").textContent')
+            visible = shown.value('document.querySelector(".row").getBoundingClientRect().height')
+            before = shown.value('document.querySelector(".track").clientWidth')
+            shown.click("#in")
+            after = shown.value('document.querySelector(".track").clientWidth')
+            assert shown.console == []
+            assert [url for url in shown.requested if not url.startswith("file:")] == []
+            return rows, charts, facts, visible, after / before
+
+    rows, charts, facts, row_height, zoomed = await asyncio.to_thread(look)
+    assert {name for name, _ in rows} == {f"agent {number}" for number in range(100)}
+    assert "agents 100" in facts
+    assert "requests 200" in facts
+    assert charts >= 4
+    assert row_height >= 12  # 100 of them are three screens of 500 pixels
+    assert zoomed == pytest.approx(2, rel=0.01)
+
+    start, seconds = lines[0]["at"], timeline(lines).seconds
+    by_agent = dict(rows)
+    for number in range(100):
+        check_row(by_agent[f"agent {number}"], lines, f"agent {number}", start, seconds)
+
+
+def check_row(spans, lines, name, start, seconds):
+    """Tools and requests of one agent where the page draws them, to half a thousandth."""
+    tools = [x for x in lines if x["kind"] == "tool" and x["agent"] == name]
+    drawn = [span for span in spans if span[0] == "tool"]
+    assert len(drawn) == len(tools) == 1
+    requests = [x["request"] for x in lines if x["kind"] == "submitted" and x["agent"] == name]
+    assert len(requests) == 2
+    expected = []
+    for request in requests:
+        steps = [x for x in lines if x["kind"] == "step"]
+        prefill = [x for x in steps if request in [each for each, _ in x["prefill"]]]
+        decode = [x for x in steps if request in x["decode"]]
+        expected.append(("prefill", prefill[0]["begin"]))
+        expected.append(("decode", prefill[-1]["end"] if decode else None))
+    wanted = [("tool", tools[0]["begin"]), *((k, at) for k, at in expected if at is not None)]
+    for kind, at in wanted:
+        left = (at - start) / seconds
+        assert any(
+            span[0] == kind and span[1] == pytest.approx(left, abs=1.5e-3) for span in spans
+        ), (name, kind, left, spans)
+    assert all(width >= 1 for *_, width in spans)
+    assert {"prefill", "decode", "tool"} <= {span[0] for span in spans}
