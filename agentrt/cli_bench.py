@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import anyio.to_thread
 
 from agentrt.cli_engine import add_command, add_random_weights, open_engine
 from agentrt.cli_workload import Report, builtin_workload, read_workload, replay
+from agentrt.trace_record import record
 
 if TYPE_CHECKING:
     from agentrt.cli_engine import Commands
@@ -33,6 +35,7 @@ def add_bench_parser(commands: Commands) -> None:
     add = parser.add_argument
     add("--agents", type=int, default=4, metavar="N", help="the first N agents (%(default)s)")
     add("--concurrency", type=int, default=4, metavar="N", help="agents at a time (%(default)s)")
+    add("--record", metavar="JSONL", help="record the run, for the command `trace`")
     add("--wait-scale", type=float, default=1.0, metavar="X", help="waits times X (%(default)s)")
 
 
@@ -41,9 +44,11 @@ async def _bench(arguments: argparse.Namespace) -> None:
     async with open_engine(arguments) as engine:
         read = partial(builtin_workload, engine) if path is None else partial(read_workload, path)
         rows = await anyio.to_thread.run_sync(read, arguments.agents)
-        report = await replay(
-            engine, rows, concurrency=arguments.concurrency, wait_scale=arguments.wait_scale
-        )
+        path = arguments.record
+        async with nullcontext() if path is None else record(engine, path):
+            report = await replay(
+                engine, rows, concurrency=arguments.concurrency, wait_scale=arguments.wait_scale
+            )
         table = _table(engine, report)
     width = max(len(name) for name, _ in table)
     for name, value in table:

@@ -13,7 +13,8 @@ import anyio
 from attrs import define, field, frozen
 
 from agentrt.errors import RequestInvalid
-from agentrt.types import GenerateOptions
+from agentrt.observer import Scope, agent
+from agentrt.types import GenerateOptions, ToolCall
 
 if TYPE_CHECKING:
     from agentrt.engine import Engine
@@ -140,7 +141,8 @@ async def replay(
     async def run(row: AgentRow) -> None:
         async with gate:
             agent_begin_s = time.perf_counter()
-            report.num_cut += not await _run_agent(engine, row, wait_scale, report.turns)
+            with agent(row.id):
+                report.num_cut += not await _run_agent(engine, row, wait_scale, report.turns)
             report.agent_s.append(time.perf_counter() - agent_begin_s)
 
     try:
@@ -176,7 +178,9 @@ async def _run_agent(engine: Engine, row: AgentRow, wait_scale: float, turns: li
             )
         )
         ids += done.token_ids
-        await asyncio.sleep(segment.wait_s * wait_scale)
+        if segment.wait_s * wait_scale > 0:
+            with engine._open.loop.observers.tool(Scope(row.id), ToolCall("", "wait", {})):
+                await asyncio.sleep(segment.wait_s * wait_scale)
     return True
 
 
