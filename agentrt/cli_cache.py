@@ -62,7 +62,9 @@ def _open(folder: Path, quota_bytes: int) -> DiskTier:
     from agentrt.cache.disk import DiskTier
     from agentrt.cache.keys import Fingerprint
 
-    nobody = Fingerprint(namespace="", model_digest="", layout="", dtype="", token_bytes=1)
+    nobody = Fingerprint(
+        namespace="", model_digest="", layout="", dtype="", arithmetic="", token_bytes=1
+    )
     return DiskTier(folder, quota_bytes=quota_bytes, fingerprint=nobody, clock=time.time)
 
 
@@ -92,7 +94,8 @@ def _show(tier: DiskTier, folder: Path) -> None:
     for part in tier.contents():
         of, age_h = part.fingerprint, (time.time() - part.last_used_s) / 3600
         print(
-            f"  model {of.model_digest[:DIGEST_CHARACTERS]} ({of.layout}; {of.dtype}), namespace "
+            f"  model {of.model_digest[:DIGEST_CHARACTERS]} ({of.layout}; {of.dtype}; "
+            f"{of.arithmetic.partition(' ')[0]}), namespace "
             f"{of.namespace!r}: {part.records:,} records, {part.payload_bytes / 2**20:,.1f} MiB, "
             f"last used {age_h:.1f} h ago"
         )

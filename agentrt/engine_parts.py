@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from attrs import frozen
 
@@ -19,6 +19,7 @@ from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.engine_tiers import CHUNK_TOKENS, LRU, OpenTiers, fingerprint_of, open_tiers
 from agentrt.errors import EngineClosed, ModelNotFound
+from agentrt.explain import Elsewhere
 from agentrt.loop import Loop
 from agentrt.metrics import Stats
 from agentrt.models.base import ModelSpec
@@ -50,7 +51,7 @@ class EngineParts:
     disk_problem: str | None = None  # why there is no disk tier, though one was wanted
     disk: DiskTier | None = None
 
-    def elsewhere(self, token_ids: TokenArray) -> Literal["namespace", "new model digest"] | None:
+    def elsewhere(self, token_ids: TokenArray) -> Elsewhere | None:
         """Where else the disk tier has these tokens' beginning: what `explain` may have to tell."""
         mover = self.loop.scheduler.mover
         if self.disk is None or mover is None or len(token_ids) < mover.tiers.chunk_tokens:
@@ -58,8 +59,10 @@ class EngineParts:
         for other in (part.fingerprint for part in self.disk.contents()):
             key = chunk_key(root_key(other), token_ids[: mover.tiers.chunk_tokens])
             if other != self.fingerprint and self.disk.has(key):
-                same_model = other.model_digest == self.fingerprint.model_digest
-                return "namespace" if same_model else "new model digest"
+                if other.model_digest != self.fingerprint.model_digest:
+                    return "new model digest"
+                is_ours = other.namespace == self.fingerprint.namespace
+                return "new settings or machine" if is_ours else "namespace"
         return None
 
     def stats(self) -> Stats:

@@ -18,6 +18,7 @@ from agentrt.cache.keys import Fingerprint, root_key
 from agentrt.cache.lower import LowerTiers
 from agentrt.cache.split import Rates
 from agentrt.errors import ConfigError, TierUnavailable
+from agentrt.kernels.arithmetic import arithmetic_of
 from agentrt.mover import Mover
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def fingerprint_of(config: EngineConfig, loaded: LoadedModel, token_bytes: int) 
         model_digest=loaded.digest,
         layout=f"{spec.num_layers} layers, k v, {spec.num_kv_heads} heads, tokens, "
         f"{spec.head_dim}, {compute.kv_layout.name}",
-        dtype=f"{compute.ops.name} {compute.dtype}",  # other kernels round otherwise
+        dtype=str(compute.dtype),
+        arithmetic=f"{compute.ops.name} {arithmetic_of(compute.ops, compute.device)}",
         token_bytes=token_bytes,
     )
 

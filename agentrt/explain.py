@@ -16,16 +16,19 @@ from agentrt.types import TierName
 if TYPE_CHECKING:
     from agentrt.cache.node import TokenArray
 
-Cause = Literal[
-    "nothing is missing",
-    "new text",
-    "template rewrite",
-    "clock in the prompt",
-    "another text",
-    "evicted",
-    "namespace",
-    "new model digest",
-]
+# Other dtype, kernels, KV layout or processor: what they stored has other bits.
+Elsewhere = Literal["namespace", "new model digest", "new settings or machine"]
+Cause = (
+    Literal[
+        "nothing is missing",
+        "new text",
+        "template rewrite",
+        "clock in the prompt",
+        "another text",
+        "evicted",
+    ]
+    | Elsewhere
+)
 
 MAX_ADMISSIONS = 1024
 MAX_SEEN_CHUNKS = 1 << 16
@@ -115,7 +118,7 @@ def explain(
     request_id: str,
     admission: Admission,
     decode: Callable[[TokenArray], str],
-    elsewhere: Literal["namespace", "new model digest"] | None,
+    elsewhere: Elsewhere | None,
 ) -> Explanation:
     """Read the facts. `elsewhere` says where else the disk has the prompt's beginning."""
     position = admission.num_matched
@@ -143,7 +146,7 @@ def _cause(
     admission: Admission,
     text: str | None,
     other_text: str | None,
-    elsewhere: Literal["namespace", "new model digest"] | None,
+    elsewhere: Elsewhere | None,
 ) -> Cause:
     if admission.is_rewritten:
         return "template rewrite"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 if TYPE_CHECKING:
-    from agentrt.types import TierName
     from agentrt.cache.tier import LowerStats
+    from agentrt.types import TierName
 
 
 @frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""Where a prompt's KV came from: each of its tokens is counted once, whatever happens to it later."""
+"""Where a prompt's KV came from: each of its tokens is counted once, whatever happens later."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Origins:
     def loaded(self, start: int, end: int, tokens_by_tier: Mapping[TierName, int]) -> None:
         """Tokens [start, end) came up from lower tiers, in the order of `tokens_by_tier`."""
         fresh = self._fresh(start, end)
-        for tier, num_tokens in reversed(tokens_by_tier.items()):
+        for tier, num_tokens in reversed(list(tokens_by_tier.items())):
             self._from_tier(tier, min(num_tokens, fresh))
             fresh -= min(num_tokens, fresh)
 

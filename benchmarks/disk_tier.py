@@ -215,7 +215,7 @@ def churn_lmdb(folder: Path, quota_bytes: int, tokens: list[int]) -> dict[str, A
 
 def make_fingerprint(token_bytes: int) -> Fingerprint:
     return Fingerprint(
-        namespace="", model_digest="d" * 64, layout="L30KV3D64", dtype="float32",
+        namespace="", model_digest="d" * 64, layout="L30KV3D64", dtype="float32", arithmetic="",
         token_bytes=token_bytes,
     )  # fmt: skip
 

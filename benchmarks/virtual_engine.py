@@ -81,7 +81,12 @@ class VirtualEngine:
             device="cpu", kv_token_bytes=KV_TOKEN_BYTES, model_context_tokens=CONTEXT
         )
         fingerprint = Fingerprint(
-            namespace="", model_digest="virtual", layout="", dtype="", token_bytes=KV_TOKEN_BYTES
+            namespace="",
+            model_digest="virtual",
+            layout="",
+            dtype="",
+            arithmetic="",
+            token_bytes=KV_TOKEN_BYTES,
         )
         self.loop, _ = build_loop(
             self.config, resolved, fingerprint, self, self._events.extend, device="cpu"

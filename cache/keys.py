@@ -14,7 +14,7 @@ from xxhash import xxh3_128_digest
 
 from agentrt.cache.node import TokenArray
 
-FORMAT_VERSION = 1  # of keys, record headers and the index: other versions are never read
+FORMAT_VERSION = 2  # of keys, record headers and the index: other versions are never read
 KEY_BYTES = 16
 
 Digest = Callable[[bytes], bytes]  # bytes -> KEY_BYTES bytes; tests force collisions with it
@@ -26,19 +26,25 @@ MAX_TEXT = 4096  # characters: a header gives the length of a fingerprint 16 bit
 class Fingerprint:
     """All that KV depends on besides the tokens: two engines share KV only if theirs are equal.
 
-    `namespace` keeps tenants apart, `layout` names the order of a payload's bytes.
+    `namespace` keeps tenants apart, `layout` names the order of a payload's bytes, `arithmetic` the
+    kernels and the machine, which round in their own way.
     """
 
     namespace: str = field(validator=and_(instance_of(str), max_len(MAX_TEXT)))
     model_digest: str = field(validator=and_(instance_of(str), max_len(MAX_TEXT)))
     layout: str = field(validator=and_(instance_of(str), max_len(MAX_TEXT)))
     dtype: str = field(validator=and_(instance_of(str), max_len(MAX_TEXT)))
+    arithmetic: str = field(validator=and_(instance_of(str), max_len(MAX_TEXT)))
     token_bytes: int = field(validator=and_(instance_of(int), ge(1)))
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return self.namespace, self.model_digest, self.layout, self.dtype, self.arithmetic
 
     def encode(self) -> bytes:
         """The same bytes for equal fingerprints only; their number is a multiple of 4."""
         parts = [struct.pack("<Q", self.token_bytes)]
-        for text in (self.namespace, self.model_digest, self.layout, self.dtype):
+        for text in self._texts:
             raw = text.encode()
             parts.append(struct.pack("<I", len(raw)) + raw)
         joined = b"".join(parts)
@@ -49,17 +55,18 @@ class Fingerprint:
         """The inverse of `encode`."""
         (token_bytes,) = struct.unpack_from("<Q", encoded)
         position, texts = 8, []
-        for _ in range(4):
+        for _ in range(5):
             (num_bytes,) = struct.unpack_from("<I", encoded, position)
             position += 4
             texts.append(encoded[position : position + num_bytes].decode())
             position += num_bytes
-        namespace, model_digest, layout, dtype = texts
+        namespace, model_digest, layout, dtype, arithmetic = texts
         return cls(
             namespace=namespace,
             model_digest=model_digest,
             layout=layout,
             dtype=dtype,
+            arithmetic=arithmetic,
             token_bytes=token_bytes,
         )
 

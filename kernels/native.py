@@ -67,11 +67,12 @@ class Native:
     """The loaded library."""
 
     library: ctypes.CDLL
+    build: str  # names what it was made of: sources, flags, compiler and processor
 
     @classmethod
     def load(cls, cache_dir: Path) -> Self:
         """Build (once) and load. Raises NativeUnavailable."""
-        library = load_library(cache_dir)
+        library, build = load_library(cache_dir)
         address, number = ctypes.c_void_p, ctypes.c_int64
         arguments: dict[str, list[Any]] = {
             "plan": [address, address],
@@ -91,7 +92,7 @@ class Native:
             function.restype = number if name in returns else None
         if library.native_abi() != ctypes.sizeof(_Step):
             raise NativeUnavailable("the native kernels' Step is not the one of native.py")
-        return cls(library)
+        return cls(library, build)
 
     @property
     def has_bfloat16(self) -> bool:

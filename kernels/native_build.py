@@ -46,27 +46,29 @@ def find_compiler() -> Compiler:
     raise NativeUnavailable(f"no C compiler: install one of {', '.join(COMPILERS)}")
 
 
-def load_library(cache_dir: Path) -> ctypes.CDLL:
-    """Build the kernels, unless `cache_dir` has them already, and load them.
+def load_library(cache_dir: Path) -> tuple[ctypes.CDLL, str]:
+    """Build the kernels, unless `cache_dir` has them already, and load them. Returns the library,
+    and a name that no other build has.
 
     Where `cache_dir` cannot be written the library goes to a temporary folder, and is built anew
     by the next process. Raises NativeUnavailable with the compiler's own words.
     """
     compiler = find_compiler()
     sources = sorted(Path(__file__).parent.glob("native*.[ch]"))
-    name = f"native-{_key(sources, compiler)}.so"
+    build = f"native-{_key(sources, compiler)}"
+    name = f"{build}.so"
     path = cache_dir / "kernels" / name
     if path.is_file():
-        return _load(path)
+        return _load(path), build
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = _compile(compiler, sources, Path(folder) / name)
             os.replace(built, path)  # whole or not at all, whoever else builds it now
-        return _load(path)
+        return _load(path), build
     except OSError:  # read-only, full, or no folder: the kernels themselves may still be fine
         with tempfile.TemporaryDirectory() as folder:
-            return _load(_compile(compiler, sources, Path(folder) / name))
+            return _load(_compile(compiler, sources, Path(folder) / name)), build
 
 
 def _key(sources: list[Path], compiler: Compiler) -> str:

@@ -27,7 +27,12 @@ CHUNK_TOKENS = 8
 TOKEN_BYTES = 1024
 QUOTA_BYTES = 1 << 30  # nothing is evicted
 FINGERPRINT = Fingerprint(
-    namespace="", model_digest="d" * 64, layout="test", dtype="float32", token_bytes=TOKEN_BYTES
+    namespace="",
+    model_digest="d" * 64,
+    layout="test",
+    dtype="float32",
+    arithmetic="",
+    token_bytes=TOKEN_BYTES,
 )
 
 

@@ -264,6 +264,7 @@ class FakeEngine(Engine):
             model_digest="fake",
             layout="fake",
             dtype="int64",
+            arithmetic="",
             token_bytes=TOKEN_BYTES,
         )
         loop, tiers = build_loop(

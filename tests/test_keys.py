@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from agentrt.cache.keys import KEY_BYTES, Fingerprint, chunk_key, root_key
 
 FINGERPRINT = Fingerprint(
-    namespace="tenant", model_digest="abc", layout="L30", dtype="float32", token_bytes=46_080
+    namespace="tenant",
+    model_digest="abc",
+    layout="L30",
+    dtype="float32",
+    arithmetic="avx",
+    token_bytes=46_080,
 )
 
 texts = st.text(max_size=20)
@@ -17,6 +22,7 @@ fingerprints = st.builds(
     model_digest=texts,
     layout=texts,
     dtype=texts,
+    arithmetic=texts,
     token_bytes=st.integers(1, 1 << 40),
 )
 

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from fakes import (
     BLOCK_TOKENS,
     CHUNK_TOKENS,
@@ -18,6 +19,9 @@ from agentrt import GenerateOptions
 from agentrt.cache.keys import Fingerprint, root_key
 from agentrt.cache.split import Rates
 from agentrt.errors import RequestInvalid, SessionBusy
+from agentrt.kernels.arithmetic import arithmetic_of
+from agentrt.kernels.cpu import CpuOps
+from agentrt.kernels.native import Native, NativeOps
 
 SIX = GenerateOptions(max_tokens=6, ignore_eos=True)
 DISK_BYTES = 4 << 20
@@ -230,13 +234,26 @@ async def test_random_traffic_over_five_times_the_pool(tmp_path, seed, disk_byte
 
 
 def test_the_root_key_depends_on_all_that_kv_depends_on():
-    base = {"namespace": "", "model_digest": "m", "layout": "l", "dtype": "d", "token_bytes": 4}
+    texts = ("namespace", "model_digest", "layout", "dtype", "arithmetic")
+    base = {**dict.fromkeys(texts, ""), "token_bytes": 4}
     keys = {root_key(Fingerprint(**base))}
-    for name, value in (("namespace", "x"), ("model_digest", "x"), ("layout", "x")):
-        keys.add(root_key(Fingerprint(**{**base, name: value})))
-    keys.add(root_key(Fingerprint(**{**base, "dtype": "x"})))
+    for name in texts:
+        keys.add(root_key(Fingerprint(**{**base, name: "x"})))
     keys.add(root_key(Fingerprint(**{**base, "token_bytes": 8})))
-    assert len(keys) == 6
+    assert len(keys) == 7
+
+
+def test_kv_of_other_kernels_or_machines_is_another(tmp_path, monkeypatch):
+    """A folder that moves with its user must not bring KV that rounds otherwise."""
+    cpu = torch.device("cpu")
+    texts = [arithmetic_of(CpuOps("int8"), cpu)]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    texts.append(arithmetic_of(CpuOps("int8"), cpu))
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    texts.append(arithmetic_of(CpuOps("int8"), cpu))
+    for build in ("native-1", "native-2"):
+        texts.append(arithmetic_of(NativeOps(Native(None, build), True), cpu))
+    assert len(set(texts)) == 5
 
 
 LONG = GenerateOptions(max_tokens=40)
