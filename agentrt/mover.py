@@ -65,7 +65,7 @@ class Job:
     chunks: tuple[Chunk, ...]
     block_ids: tuple[int, ...]  # of the path: block i has tokens [i * block_tokens, ...)
     held: tuple[int, ...] = ()  # what a load writes
-    lease: Lease | None = None  # what a save reads
+    lease: Lease  # what a save reads, or what a load goes on from: it may outlive the request's
     on_end: OnEnd | None = None  # of a load
 
     def tokens_by_tier(self) -> dict[TierName, int]:
@@ -193,7 +193,7 @@ class Mover:
             return None
         self.tiers.hit(prefix, now)
         load = Load(*span)
-        self._load(prefix, span, lease.block_ids, load.ended)
+        self._load(prefix, span, lease, load.ended)
         return load
 
     def prefetch(self, token_ids: TokenArray, now: float) -> bool:
@@ -235,7 +235,7 @@ class Mover:
                 self.promoted(token_ids[: span[1]])
             self.cache.release(lease)
 
-        self._load(prefix, span, lease.block_ids, end)
+        self._load(prefix, span, lease, end)
         return True
 
     def _span(self, have_tokens: int, prefix: StoredPrefix) -> tuple[int, int] | None:
@@ -252,7 +252,7 @@ class Mover:
         return None if start is None else (start, prefix.num_tokens)
 
     def _load(
-        self, prefix: StoredPrefix, span: tuple[int, int], block_ids: Sequence[int], on_end: OnEnd
+        self, prefix: StoredPrefix, span: tuple[int, int], lease: Lease, on_end: OnEnd
     ) -> None:
         start, end = span
         chunks = [chunk for chunk in prefix.chunks if chunk.end > start]
@@ -271,15 +271,16 @@ class Mover:
                 )
             )
         block_tokens = self.cache.block_tokens
-        held = tuple(block_ids[start // block_tokens : -(-end // block_tokens)])
+        held = tuple(lease.block_ids[start // block_tokens : -(-end // block_tokens)])
         self.cache.hold(held)
         self._planned.append(
             Job(
                 is_load=True,
                 parts=tuple(parts),
                 chunks=tuple(chunks),
-                block_ids=tuple(block_ids),
+                block_ids=tuple(lease.block_ids),
                 held=held,
+                lease=self.cache.share(lease),
                 on_end=on_end,
             )
         )
@@ -288,8 +289,8 @@ class Mover:
         """A job has ended: `seconds` that each tier took, or None if it failed."""
         self._in_flight.discard(job)
         self.cache.unhold(job.held)
-        if job.lease is not None:
-            self.cache.release(job.lease)
+        self.cache.release(job.lease)
+        if not job.is_load:
             self.tiers.end_save(job.chunks, copied=seconds is not None)
             return
         self.tiers.unpin(job.chunks)

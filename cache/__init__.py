@@ -93,8 +93,8 @@ class PrefixCache:
         """Lease the longest resident prefix and room for `num_tokens` tokens in all.
 
         At most `max_cached_tokens` are taken from the tree, and never the last token: computing
-        one gives the next one's logits. Evicts what is worth least; None, and no change at all,
-        if the room cannot be had now.
+        one gives the next one's logits. Evicts what is worth least; None if the room cannot be had
+        now.
         """
         longest = max(0, len(token_ids) - 1)
         if max_cached_tokens is not None:
@@ -304,7 +304,7 @@ class PrefixCache:
         return lease, [Copy(source, fresh[0], num_inside) for source in blocks[num_kept:]]
 
     def _reserve(self, num: int, after: int | None, now: float) -> list[int] | None:
-        """Allocate `num` blocks, evicting if needed; None, and no change, if that cannot be."""
+        """Allocate `num` blocks, evicting if needed; None if that cannot be."""
         pool = self._pool
         if num > pool.num_blocks - pool.num_leased:
             return None
@@ -313,12 +313,13 @@ class PrefixCache:
             self._evicted_tokens += self._tree.reclaim(num, now)
         if pool.num_free < num:
             # Rare: the tree holds second copies above the leaves of leases. Without them every
-            # block that no lease holds can go, so the first test decides exactly.
+            # block that no lease holds can go, so the first test decides exactly; but for a second
+            # copy above the source of a copy, of which the lease in the making is no path.
             for lease in self._leases:
                 self._tree.adopt(lease._token_ids, lease.block_ids, lease._namespace)
             self._evicted_tokens += self._tree.reclaim(num, now)
         if pool.num_free < num:
-            raise CacheCorrupt(f"{num} blocks that no lease holds cannot be reclaimed: {pool!r}")
+            return None
         return pool.allocate(num, after)
 
     def _num_blocks(self, num_tokens: int) -> int:

@@ -110,6 +110,21 @@ def test_a_second_request_hits_all_but_the_last_token(bench):
     assert (stats.asked_tokens, stats.hit_tokens, stats.cached_tokens) == (40, 19, 20)
 
 
+def test_a_second_copy_above_the_source_of_a_copy_gives_way():
+    """The source must stay while it is copied, and so must what lies above it in the tree: then
+    there is room only for a lease that computes that part itself."""
+    bench = Bench(num_blocks=4)
+    first, second = bench.acquire(ids((0, 8))), bench.acquire(ids((0, 6)), num_tokens=8)
+    bench.commit(first, ids((0, 5)))
+    bench.commit(second, ids((0, 6)))  # the sixth token lies in a block of the second lease
+    bench.commit(first, ids((0, 8)))  # and what comes behind it in one of the first
+    bench.cache.release(first)
+    bench.cache.release(second)
+    lease = bench.acquire(ids((0, 5), 90), num_tokens=12)
+    assert lease.num_cached_tokens == 4
+    bench.commit(lease, ids((0, 5), 90))
+
+
 def test_the_end_of_a_block_is_appended_to_in_place(bench):
     bench.serve(ids((0, 6)))
     lease, copies = bench.cache.acquire(ids((0, 6), 50), num_tokens=12, now=0.0)
