@@ -19,7 +19,7 @@ MOST_DISK_BYTES = 8 << 30
 LEAST_DISK_BYTES = 256 << 20
 KV_SHARE_OF_FREE_DEVICE_MEMORY = 0.8
 TOOL_FORMATS = ("hermes", "llama-json", "llama-pythonic", "mistral", "mistral-named")
-BLOCK_TOKENS = {"cpu": 256, "cuda": 64}
+BLOCK_TOKENS = {"cpu": 64, "cuda": 64}
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 

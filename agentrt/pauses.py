@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+import numpy as np
 from attrs import define, field, frozen
+from xxhash import xxh3_128_digest
 
 from agentrt.cache.evict import SessionState
 from agentrt.cache.latency import ToolLatencies
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from agentrt.mover import Mover
 
 POLL_S = 0.05  # after this the disk tier is asked again that refused something
+MOST_RETURNING = 256  # sessions whose tools have ended and whose next turn has not come yet
 
 
 @frozen(kw_only=True)
@@ -25,6 +29,7 @@ class Pause:
     token_ids: TokenArray
     name: str
     begin_s: float
+    since_s: float  # when the first of the tools that its session waits for began
     due_s: float  # the median of what its tool takes
 
 
@@ -44,6 +49,8 @@ class Pauses:
     _pauses: dict[int, Pause] = field(factory=dict, init=False)
     _fetched: set[bytes] = field(factory=set, init=False)
     _wanted: dict[bytes, TokenArray] = field(factory=dict, init=False)  # found no room so far
+    # (number of tokens, digest) of the log of a session that comes back -> when it began to wait.
+    _returning: OrderedDict[tuple[int, bytes], float] = field(factory=OrderedDict, init=False)
 
     def mark(
         self,
@@ -61,11 +68,13 @@ class Pauses:
 
     def begin(self, number: int, token_ids: TokenArray, name: str, now: float) -> None:
         """A tool of the session whose log is `token_ids` starts."""
+        session = token_ids.tobytes()
         pause = Pause(
-            session=token_ids.tobytes(),
+            session=session,
             token_ids=token_ids,
             name=name,
             begin_s=now,
+            since_s=min((other.since_s for other in self._of(session)), default=now),
             due_s=now + self.latencies.expected(name),
         )
         self._pauses[number] = pause
@@ -78,8 +87,21 @@ class Pauses:
         self.latencies.observe(pause.name, now - pause.begin_s)
         if not self._of(pause.session):
             self._fetched.discard(pause.session)
+            self._returning[_log_key(pause.token_ids)] = pause.since_s
+            if len(self._returning) > MOST_RETURNING:
+                self._returning.popitem(last=False)
             self.mark(pause.token_ids, SessionState.RUNNING, now)
             self._fetch(pause.session, pause.token_ids, now)
+
+    def waiting_since(self, token_ids: TokenArray) -> float | None:
+        """When the session that goes on with this prompt began to wait for its tools, if it did.
+        It is asked once a prompt."""
+        for num_tokens in sorted({num for num, _ in self._returning}, reverse=True):
+            if num_tokens <= len(token_ids):
+                since_s = self._returning.pop(_log_key(token_ids[:num_tokens]), None)
+                if since_s is not None:
+                    return since_s
+        return None
 
     def tick(self, now: float) -> None:
         """Bring back the sessions whose tools are due, or that found no room before."""
@@ -107,3 +129,7 @@ class Pauses:
             self._wanted.pop(session, None)
         else:
             self._wanted[session] = token_ids
+
+
+def _log_key(token_ids: TokenArray) -> tuple[int, bytes]:
+    return len(token_ids), xxh3_128_digest(np.ascontiguousarray(token_ids).tobytes())

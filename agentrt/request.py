@@ -114,6 +114,8 @@ class Request:
     constraint: Constraint | None = None
     submitted_s: float
 
+    # When its agent began to wait: before it was submitted, if a tool ran first.
+    waiting_since_s: float = field()
     is_rewritten: bool = False  # whether its prompt rewrites an earlier one of the same session
 
     state: State = State.WAITING
@@ -133,6 +135,10 @@ class Request:
     @num_tokens.default
     def _prompt(self) -> int:
         return self.num_prompt_tokens
+
+    @waiting_since_s.default
+    def _submission(self) -> float:
+        return self.submitted_s
 
     @origins.default
     def _no_origins(self) -> Origins:

@@ -103,6 +103,8 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         request.origins.total = self.origins
+        since_s = self.pauses.waiting_since(request.known)
+        request.waiting_since_s = request.submitted_s if since_s is None else since_s
         self.waiting.append(request)
 
     def plan(self, now: float) -> Plan:

@@ -199,6 +199,23 @@ def test_the_longest_resident_prefix_goes_first_until_age_outweighs_it():
     assert not order_after(1.0)
 
 
+def test_who_comes_back_from_a_slow_tool_has_waited_for_it():
+    steps = Steps.over(100, max_batch=1, step_tokens=64)
+    log = np.array(prompt(1, 30), np.int32)
+    pauses = steps.scheduler.pauses
+    pauses.begin(1, log, "slow", 0.0)
+    pauses.begin(2, log, "quick", 1.0)
+    pauses.end(2, 2.0)
+    assert pauses.waiting_since(np.append(log, 5)) is None  # another tool still runs
+    pauses.end(1, 9.0)
+    first = make_request(prompt(2, 31), 1, submitted_s=8.0)
+    back = make_request([*log, 5], 1, submitted_s=9.0)
+    steps.submit(first, back)
+    assert back.waiting_since_s == 0.0
+    assert steps.scheduler.order.of(steps.scheduler.waiting, 10.0) == [back, first]
+    assert pauses.waiting_since(np.append(log, 5)) is None  # its next turn waits for itself
+
+
 def test_a_large_request_at_the_head_is_not_overtaken_for_ever():
     """Small ones keep coming; the one that needs most of the pool still gets it."""
     steps = Steps.over(20, max_batch=4, step_tokens=16)
