@@ -19,6 +19,9 @@ from agentrt.adapters.openai.chat_chunks import ChatHeader
 from agentrt.adapters.openai.chat_request import read_chat_request
 from agentrt.adapters.openai.fields import read_json
 from agentrt.adapters.openai.refusal import Refusal, refusal_of
+from agentrt.adapters.openai.responses_answer import ResponsesAnswer
+from agentrt.adapters.openai.responses_request import read_responses_request
+from agentrt.adapters.openai.stored import Responses
 from agentrt.adapters.openai.telling import Telling
 from agentrt.errors import AgentrtError
 from agentrt.parsers_families import LLAMA_PYTHONIC
@@ -26,6 +29,7 @@ from agentrt.parsers_families import LLAMA_PYTHONIC
 if TYPE_CHECKING:
     from agentrt.chat import Chat
     from agentrt.engine import Engine
+    from agentrt.types import Message
 
 INLINE_BYTES = 1 << 16  # a body of this size is read in about 1 ms; more must not hold the loop up
 _PREFIX = "/v1"
@@ -43,6 +47,7 @@ class Api:
     engine: Engine
     chat: Chat
     asking: Asking = field(init=False)
+    responses: Responses = field(factory=Responses, init=False)
     _opened_s: int = field(factory=lambda: int(time.time()), init=False)
 
     @asking.default
@@ -72,7 +77,9 @@ class Api:
         if name == "chat" and rest == "completions":
             _check_method(method, path, "POST")
             return await self._chat(await _value(body))
-        known = "known are /v1/chat/completions and /v1/models"
+        if name == "responses":
+            return await self._responses(method, path, rest, body)
+        known = "known are /v1/chat/completions, /v1/responses and /v1/models"
         raise _unknown(method, path, _WHY_NOT.get(name, known))
 
     # ---- models
@@ -117,6 +124,42 @@ class Api:
             tokenizer=self.engine.tokenizer,
             num_prompt_tokens=len(asked.log.ids),
             tellings=self._tellings(asked),
+        )
+        return await answered(self.asking, asked, form, streams=request.streams)
+
+    # ---- responses
+
+    async def _responses(self, method: str, path: str, rest: str, body: bytes) -> Answer:
+        if not rest:
+            _check_method(method, path, "POST")
+            return await self._respond(await _value(body))
+        if "/" in rest:
+            raise _unknown(method, path, "known are /v1/responses and /v1/responses/ID")
+        _check_method(method, path, "GET", "DELETE")
+        if method == "GET":
+            return json_answer(self.responses.get(rest).response)
+        self.responses.delete(rest)
+        return json_answer({"id": rest, "object": "response", "deleted": True})
+
+    async def _respond(self, value: Any) -> Answer:
+        request = read_responses_request(value)
+        self.check_model(request.model)
+        response_id = f"resp_{uuid4().hex}"
+        before: tuple[Message, ...] = ()
+        affinity = response_id  # of the first one in a row
+        if request.previous_response_id is not None:
+            previous = self.responses.get(request.previous_response_id, "previous_response_id")
+            before, affinity = previous.messages, previous.affinity
+        request = request.following(before, affinity)
+        asked = await self.asking.ask(request.wanted)
+        form = ResponsesAnswer(
+            id=response_id,
+            request=request,
+            created_s=time.time(),
+            tokenizer=self.engine.tokenizer,
+            num_prompt_tokens=len(asked.log.ids),
+            tellings=self._tellings(asked),
+            store=self.responses,
         )
         return await answered(self.asking, asked, form, streams=request.streams)
 

@@ -18,7 +18,7 @@ MOST_MESSAGES = 100_000
 _TEXT_ONLY = "the model reads text"
 
 
-def _read_content(value: Any, path: str) -> str:
+def read_content(value: Any, path: str) -> str:
     """A text, or a list of parts of text."""
     if isinstance(value, str):
         return value
@@ -73,14 +73,14 @@ _FUNCTION: Table = {
 }
 _CALL: Table = {"id": Required(fields.text), "function": Required(fields.nested(_FUNCTION))}
 _NAME = fields.short_text(256)
-_CONTENT = Required(_read_content)
+_CONTENT = Required(read_content)
 _NO_CALL = fields.only("use tool_calls")
 _MESSAGES: dict[str, Table] = {
     "system": {"content": _CONTENT, "name": _NAME},
     "developer": {"content": _CONTENT, "name": _NAME},
     "user": {"content": _CONTENT, "name": _NAME},
     "assistant": {
-        "content": _read_content,
+        "content": read_content,
         "name": _NAME,
         "refusal": fields.text,
         "tool_calls": fields.listed(fields.by_tag("type", {"function": _CALL}), 1024),

@@ -21,7 +21,7 @@ def transport(http: ModuleType, api: Api) -> Any:
     """A transport for `http`, which is httpx or its successor httpx2: they have the same classes,
     and each takes its own alone."""
 
-    class EngineTransport(http.AsyncBaseTransport):  # type: ignore[misc, name-defined]
+    class EngineTransport(http.AsyncBaseTransport):  # type: ignore[name-defined]
         """Hands requests to the engine's API. Closing it forgets what the API kept."""
 
         async def handle_async_request(self, request: Any) -> Any:
@@ -38,7 +38,7 @@ def transport(http: ModuleType, api: Api) -> Any:
         async def aclose(self) -> None:
             await api.aclose()
 
-    class EngineByteStream(http.AsyncByteStream):  # type: ignore[misc, name-defined]
+    class EngineByteStream(http.AsyncByteStream):  # type: ignore[name-defined]
         """A body of events. Closing it cancels what is still generated."""
 
         def __init__(self, request: Any, events: EventStream, limit_s: float | None) -> None:
