@@ -38,7 +38,7 @@ class Page:
     def open(self, path: Path) -> None:
         """Go there, and wait until the page says that it is drawn."""
         self._send("Page.navigate", url=path.as_uri())
-        ready = "document.documentElement.dataset.ready"
+        ready = "document.documentElement?.dataset.ready"
         self.value(
             f"new Promise(done => {{ const look = () => {ready} ? done(true) : "
             "requestAnimationFrame(look); look(); })"
