@@ -16,9 +16,11 @@ from agentrt.errors import GrammarInvalid, ModelUnsupported
 
 if TYPE_CHECKING:
     import numpy as np
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
+
+    MaskRow = NDArray[np.int32]  # bit `i % 32` of word `i // 32` is token i
 
 # A tiny model repeats itself without end wherever a grammar lets it. These bounds hold where the
 # tool's schema sets none; they are far above what a call needs.
@@ -287,3 +289,29 @@ class Constraint:
     def _check_matcher(self) -> None:
         if self._matcher.is_error():
             raise GrammarInvalid(f"the grammar cannot be followed: {self._matcher.get_error()}")
+
+
+def fill_masks(
+    executor: LLExecutor, asked: Sequence[tuple[Constraint | None, list[int]]]
+) -> list[MaskRow | None]:
+    """The masks at each of these places, and behind each token of the draft that follows there;
+    None where there is no grammar, or where it lets the draft not come to.
+
+    Changes no place. A grammar that cannot be followed is found out by whoever uses it next.
+    """
+    import numpy as np
+
+    num_words = next(each._num_mask_words for each, _ in asked if each is not None)
+    firsts = np.cumsum([0, *(1 + len(draft) for _, draft in asked)]).tolist()
+    words = np.zeros((firsts[-1], num_words), dtype=np.int32)
+    places = [
+        (constraint._matcher, first, draft)
+        for (constraint, draft), first in zip(asked, firsts[:-1], strict=True)
+        if constraint is not None
+    ]
+    where = (words.ctypes.data, 4 * num_words, len(words))
+    if plain := [(matcher, first) for matcher, first, draft in places if not draft]:
+        executor.unsafe_compute_mask_ptr(plain, *where)
+    if drafted := [place for place in places if place[2]]:
+        executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+    return [row if row.any() else None for row in words]

@@ -14,6 +14,7 @@ from agentrt.batch import build_batch
 from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
 from agentrt.errors import ConfigError
+from agentrt.grammar_masks import Filling, MaskThread
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.host_memory import host_memory
 from agentrt.models.base import Model, ModelSpec
@@ -66,6 +67,7 @@ class Computed:
     sampling: tuple[Work, ...]
     logits: Tensor
     runs_ahead: bool = False
+    filling: Filling | None = None  # the masks of its grammars
 
 
 def collect_computed(ticket: Computed) -> list[list[Sampled]]:
@@ -73,7 +75,18 @@ def collect_computed(ticket: Computed) -> list[list[Sampled]]:
     if not ticket.sampling:
         return []
     requests = [work.request for work in ticket.sampling]
-    return sample(ticket.logits, requests, [work.num_draft for work in ticket.sampling])
+    masks = None if ticket.filling is None else ticket.filling.masks()
+    return sample(ticket.logits, requests, [work.num_draft for work in ticket.sampling], masks)
+
+
+def begin_masks(masks: MaskThread, sampling: Sequence[Work]) -> Filling | None:
+    """Ask for the masks of all rows that a step will give."""
+    asked = []
+    for work in sampling:
+        request = work.request
+        draft = request.tokens[request.num_tokens : request.num_tokens + work.num_draft]
+        asked.append((request.constraint, draft.tolist()))
+    return masks.begin(asked)
 
 
 @define
@@ -87,6 +100,7 @@ class ModelRunner:
     compute: Compute
     config: ResolvedConfig
     checks_drafts: ClassVar[bool] = True
+    masks: MaskThread = field(factory=MaskThread)
     kv: Tensor = field(init=False)
 
     @kv.default
@@ -96,10 +110,11 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Computed:
         batch = build_batch(plan, self.compute.device)
+        filling = begin_masks(self.masks, batch.sampling)
         logits = self.model.forward(
             batch.token_ids, batch.positions, batch.segments, self.kv, batch.output_rows
         )
-        return Computed(batch.sampling, logits)
+        return Computed(batch.sampling, logits, filling=filling)
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -112,6 +127,7 @@ class ModelRunner:
         return HostCopier(self.kv.view(torch.uint8).numpy(), self.compute.kv_layout)
 
     def close(self) -> None:
+        self.masks.close()
         self.kv = torch.empty(0)
         del self.model
 

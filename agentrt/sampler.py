@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,44 +14,56 @@ from agentrt.errors import RequestInvalid
 from agentrt.types import GenerateOptions, TokenLogprob
 
 if TYPE_CHECKING:
+    from agentrt.grammar import MaskRow
     from agentrt.request import Request
 
 NEVER = float("-inf")
 # Below it a draw is greedy in float32 anyway, and the division would overflow.
 MIN_TEMPERATURE = 1e-5
+# [256, 8]: by a byte of a mask, what is added to the logits of its eight tokens.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_SCORES = np.where(_BITS, 0, -np.inf).astype(np.float32)
 
 Sampled = tuple[int, TokenLogprob | None] | RequestInvalid
 
 
 @torch.inference_mode()
 def sample(
-    logits: Tensor, requests: Sequence[Request], num_drafts: Sequence[int] | None = None
+    logits: Tensor,
+    requests: Sequence[Request],
+    num_drafts: Sequence[int] | None = None,
+    masks: Sequence[MaskRow | None] | None = None,
 ) -> list[list[Sampled]]:
     """Each request's next tokens, with log-probabilities where it asks for them; or the error that
     ends this request alone. A grammar moves on with them.
 
     logits: [rows, vocab] (changed in place): a row for each request, and behind it one for each
     token of its draft, which stands behind its known tokens. A row gives a token if all before it
-    gave what the draft says.
+    gave what the draft says. masks: of each row, what the grammar allows, where that was found
+    out already.
 
     Log-probabilities are those of the distribution after penalties, bias and grammar, before
     temperature and the top-k, top-p and min-p filters.
     """
     counts = [1 + num for num in num_drafts or [0] * len(requests)]
     is_greedy = all(is_plain(request) for request in requests)
-    rows: list[int | Tensor] = logits.argmax(-1).tolist() if is_greedy else list(logits)
+    rows: list[int | Tensor] = _argmax(logits).tolist() if is_greedy else list(logits)
+    masks = masks or [None] * len(rows)
     drawn, first = [], 0
     for request, count in zip(requests, counts, strict=True):
-        drawn.append(_run(rows[first : first + count], request))
+        part = slice(first, first + count)
+        drawn.append(_run(rows[part], request, masks[part]))
         first += count
     return drawn
 
 
-def _run(rows: Sequence[int | Tensor], request: Request) -> list[Sampled]:
+def _run(
+    rows: Sequence[int | Tensor], request: Request, masks: Sequence[MaskRow | None]
+) -> list[Sampled]:
     """Tokens of consecutive rows (logits, or what they gave already), while the draft is right."""
     drawn: list[Sampled] = []
-    for index, row in enumerate(rows):
-        one = _try_row(row, request, index) if isinstance(row, Tensor) else (row, None)
+    for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        one = _try_row(row, request, index, mask) if isinstance(row, Tensor) else (row, None)
         drawn.append(one)
         if isinstance(one, RequestInvalid) or index + 1 == len(rows):
             break
@@ -105,14 +118,21 @@ def has_penalties(options: GenerateOptions) -> bool:
     )
 
 
-def _try_row(row: Tensor, request: Request, num_ahead: int) -> Sampled:
+def _argmax(logits: Tensor) -> Any:
+    """Of each row. On a CPU numpy's: 3 us a row of 49,152, where torch takes 42."""
+    return logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
+
+
+def _try_row(row: Tensor, request: Request, num_ahead: int, mask: MaskRow | None) -> Sampled:
     try:
-        return _sample_row(row, request, num_ahead)
+        return _sample_row(row, request, num_ahead, mask)
     except RequestInvalid as exc:  # a grammar's error is one too
         return exc
 
 
-def _sample_row(row: Tensor, request: Request, num_ahead: int) -> tuple[int, TokenLogprob | None]:
+def _sample_row(
+    row: Tensor, request: Request, num_ahead: int, mask: MaskRow | None
+) -> tuple[int, TokenLogprob | None]:
     """`num_ahead` tokens of the request's draft count as known."""
     options = request.options
     if has_penalties(options):
@@ -120,12 +140,14 @@ def _sample_row(row: Tensor, request: Request, num_ahead: int) -> tuple[int, Tok
     for token, bias in options.logit_bias.items():
         row[token] += bias
     if request.constraint is not None:
-        row.masked_fill_(~allowed_tokens(request, row.shape[0]).to(row.device), NEVER)
-    if not row.max().isfinite():
+        forbid(row, request.constraint.mask() if mask is None else mask)
+    token = int(_argmax(row))
+    if not math.isfinite(float(row[token])):
         raise RequestInvalid(
             "no token can be sampled: logit_bias, penalties and grammar leave none that is finite"
         )
-    token = int(row.argmax()) if options.temperature == 0 else _draw(row, request)
+    if options.temperature > 0:
+        token = _draw(row, request)
     if request.constraint is not None:
         request.constraint.accept(token)
     if options.top_logprobs is None:
@@ -149,14 +171,24 @@ def _penalise(row: Tensor, request: Request, num_ahead: int) -> None:
         row[where] -= options.presence_penalty + options.frequency_penalty * times
 
 
-def allowed_tokens(request: Request, vocab_size: int) -> Tensor:
-    """The grammar's mask as bool [vocab]; tokens beyond the grammar's vocabulary are forbidden."""
-    assert request.constraint is not None
-    words = request.constraint.mask()
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
-    padded = np.zeros(vocab_size, dtype=bool)
-    padded[: len(bits)] = bits
-    return torch.from_numpy(padded)
+def forbid(row: Tensor, mask: MaskRow) -> None:
+    """Set the logits of what a grammar does not allow to -inf, and of what its mask is too short
+    for. On another device the mask is unpacked there."""
+    num_tokens = min(32 * len(mask), row.shape[0])
+    if row.device.type == "cpu":
+        # 19 us a row of 49,152 tokens; unpacked bits and masked_fill take 52.
+        row.numpy()[:num_tokens] += _SCORES[mask.view(np.uint8)].reshape(-1)[:num_tokens]
+    else:
+        row[:num_tokens].masked_fill_(forbidden_there(mask, row.device)[:num_tokens], NEVER)
+    row[num_tokens:] = NEVER
+
+
+def forbidden_there(mask: MaskRow, device: torch.device) -> Tensor:
+    """A mask's zeros as bool [32 * words], unpacked on the device: an eighth of a byte a token goes
+    up."""
+    words = torch.from_numpy(mask).to(device)
+    bits = words[:, None] >> torch.arange(32, device=device) & 1
+    return bits.reshape(-1) == 0
 
 
 def filter_logits(scores: Tensor, options: GenerateOptions) -> Tensor:

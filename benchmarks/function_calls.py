@@ -2,10 +2,12 @@
 
     pip download --no-deps bfcl-eval        # the data lies in the wheel
     python benchmarks/function_calls.py bfcl_eval-*.whl --cases 50
+    python benchmarks/function_calls.py bfcl_eval-*.whl --log cases.jsonl    # all, can be resumed
 
 Each case twice: held to the grammar of its tools, and free, with the same prompt. A call is valid
 if it names a tool and `jsonschema` takes its arguments; a case is right if its calls are those that
 the data expects, in any order. Dots in names become underscores, as our tools' names have none.
+A turn that is cut at --max-tokens may end within a call: that one is not counted, the turn is.
 """
 
 from __future__ import annotations
@@ -17,20 +19,27 @@ import string
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-from attrs import frozen
+from attrs import asdict, frozen
 
-from agentrt import Engine, EngineConfig, GenerateOptions, ToolCall
+from agentrt import Completion, Engine, EngineConfig, GenerateOptions, ToolCall
 from agentrt.parsers import TurnParser, parse_turn
 from agentrt.parsers_families import HERMES
 from agentrt.tool_prompt import render_tool_section
 from agentrt.tools import Tool, ToolSet
+from agentrt.types import ToolChoice
 
 FOLDER = "bfcl_eval/data"
-KINDS = {"simple": "simple_python", "multiple": "multiple", "parallel": "parallel"}
+KINDS = {
+    "simple": "simple_python",
+    "multiple": "multiple",
+    "parallel": "parallel",
+    "parallel_multiple": "parallel_multiple",
+}
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 SYSTEM = "You call functions."
 
@@ -47,12 +56,17 @@ class Case:
 
 @frozen
 class Outcome:
-    """What came of one case."""
+    """What came of one case, in one way."""
 
+    kind: str
+    way: str
+    name: str
     num_calls: int
     num_valid: int
+    num_tokens: int
     is_cut: bool
     is_right: bool
+    cut_text: str = ""  # what was cut
 
 
 def load(wheel: Path, kind: str, num_cases: int | None) -> list[Case]:
@@ -171,9 +185,11 @@ def _plain(value: Any) -> Any:
 # ---- running
 
 
-async def constrained(engine: Engine, case: Case, kind: str, max_tokens: int) -> Outcome:
+async def constrained(
+    engine: Engine, case: Case, kind: str, max_tokens: int
+) -> tuple[tuple[ToolCall, ...], Completion]:
     """Held to the grammar: one call, or at least one where the kind has several."""
-    choice = "required" if kind == "parallel" else "once"
+    choice: ToolChoice = "required" if kind.startswith("parallel") else "once"
     async with engine.session(
         system=SYSTEM,
         tools=case.tools,
@@ -183,56 +199,97 @@ async def constrained(engine: Engine, case: Case, kind: str, max_tokens: int) ->
     ) as session:
         reply = await session.run(case.question)
     (step,) = reply.steps
-    return _outcome(case, tuple(each.call for each in step.results), step.completion.finish_reason)
+    return tuple(each.call for each in step.results), step.completion
 
 
-async def free(engine: Engine, case: Case, kind: str, max_tokens: int) -> Outcome:
+async def free(
+    engine: Engine, case: Case, kind: str, max_tokens: int
+) -> tuple[tuple[ToolCall, ...], Completion]:
     """The same prompt, and no grammar."""
     section = render_tool_section(ToolSet(case.tools))
     async with engine.session(
         system=f"{SYSTEM}\n\n{section}", options=GenerateOptions(max_tokens=max_tokens)
     ) as session:
         reply = await session.run(case.question)
-    calls = parse_turn(TurnParser(HERMES), reply.text)[1]
-    return _outcome(case, calls, reply.steps[0].completion.finish_reason)
+    return parse_turn(TurnParser(HERMES), reply.text)[1], reply.steps[0].completion
 
 
-def _outcome(case: Case, calls: tuple[ToolCall, ...], finish_reason: str) -> Outcome:
-    num_valid = sum(is_valid(case, call) for call in calls)
-    return Outcome(len(calls), num_valid, finish_reason == "length", is_right(case, calls))
+Way = Callable[[Engine, Case, str, int], Awaitable[tuple[tuple[ToolCall, ...], Completion]]]
+WAYS: dict[str, Way] = {"constrained": constrained, "free": free}
 
 
-async def run_kind(engine: Engine, cases: list[Case], kind: str, options: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"kind": kind, "cases": len(cases)}
-    for name, way in (("constrained", constrained), ("free", free)):
-        limit = asyncio.Semaphore(options.agents)
+async def outcome(engine: Engine, case: Case, kind: str, way: str, max_tokens: int) -> Outcome:
+    calls, completion = await WAYS[way](engine, case, kind, max_tokens)
+    is_cut = completion.finish_reason == "length"
+    return Outcome(
+        kind=kind,
+        way=way,
+        name=case.name,
+        num_calls=len(calls),
+        num_valid=sum(is_valid(case, call) for call in calls),
+        num_tokens=len(completion.token_ids),
+        is_cut=is_cut,
+        is_right=is_right(case, calls),
+        cut_text=completion.text if is_cut else "",
+    )
 
-        async def one(case: Case, way: Any = way, limit: Any = limit) -> Outcome:
+
+class Log:
+    """Outcomes, in a file if there is one: a case that stands in it is not run again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.outcomes: dict[tuple[str, str, str], Outcome] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                self._note(Outcome(**json.loads(line)))
+
+    def add(self, outcome: Outcome) -> None:
+        self._note(outcome)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.kind, outcome.way, outcome.name] = outcome
+
+
+async def run_kind(
+    engine: Engine, cases: list[Case], kind: str, way: str, log: Log, options: Any
+) -> dict[str, Any]:
+    """Run the cases that the log has not, several at a time, and sum up all."""
+    limit = asyncio.Semaphore(options.agents)
+
+    async def one(case: Case) -> None:
+        if (kind, way, case.name) not in log.outcomes:
             async with limit:
-                outcome: Outcome = await way(engine, case, kind, options.max_tokens)
-                return outcome
+                log.add(await outcome(engine, case, kind, way, options.max_tokens))
 
-        begin_s = time.perf_counter()
-        outcomes = await asyncio.gather(*map(one, cases))
-        total: Counter[str] = Counter()
-        for outcome in outcomes:
-            total["calls"] += outcome.num_calls
-            total["valid"] += outcome.num_valid
-            total["cut"] += outcome.is_cut
-            total["right"] += outcome.is_right
-            total["without_call"] += outcome.num_calls == 0
-        row[name] = {**total, "seconds": round(time.perf_counter() - begin_s, 1)}
-        show(row, name)
-    return row
+    begin_s = time.perf_counter()
+    await asyncio.gather(*map(one, cases))
+    row = summary([log.outcomes[kind, way, case.name] for case in cases])
+    return {"kind": kind, "way": way, **row, "seconds": round(time.perf_counter() - begin_s, 1)}
 
 
-def show(row: dict[str, Any], name: str) -> None:
-    part, num_cases = row[name], row["cases"]
-    share = part["valid"] / part["calls"] if part["calls"] else float("nan")
+def summary(outcomes: list[Outcome]) -> dict[str, int]:
+    total: Counter[str] = Counter(cases=len(outcomes))
+    for each in outcomes:
+        total["calls"] += each.num_calls
+        total["valid"] += each.num_valid
+        total["tokens"] += each.num_tokens
+        total["cut"] += each.is_cut
+        total["right"] += each.is_right
+        total["without_call"] += each.num_calls == 0
+    return dict(total)
+
+
+def show(row: dict[str, Any]) -> None:
+    share = row["valid"] / row["calls"] if row["calls"] else float("nan")
     print(
-        f"{row['kind']:<9} {name:<12} cases {num_cases:>4}  calls {part['calls']:>4}  "
-        f"valid {share:7.1%}  right {part['right'] / num_cases:6.1%}  "
-        f"without call {part['without_call']:>3}  cut {part['cut']:>3}  {part['seconds']:>7.1f} s",
+        f"{row['kind']:<17} {row['way']:<12} cases {row['cases']:>4}  calls {row['calls']:>5}  "
+        f"valid {share:7.1%}  right {row['right'] / row['cases']:6.1%}  "
+        f"without call {row['without_call']:>3}  cut {row['cut']:>3}  "
+        f"tokens {row['tokens']:>6}  {row['seconds']:>7.1f} s",
         flush=True,
     )
 
@@ -242,16 +299,19 @@ async def main() -> None:
     parser.add_argument("wheel", type=Path, help="bfcl_eval-*.whl")
     parser.add_argument("--cases", type=int, help="of each kind, evenly spread (default: all)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--agents", type=int, default=8, help="cases at a time")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--log", type=Path, help="the outcome of each case, to go on from")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = EngineConfig(disk_kv_bytes=0)
-    async with Engine("smollm2-135m", config) as engine:
-        rows = [
-            await run_kind(engine, load(options.wheel, kind, options.cases), kind, options)
-            for kind in options.kinds
-        ]
+    rows, log = [], Log(options.log)
+    async with Engine("smollm2-135m", EngineConfig(disk_kv_bytes=0)) as engine:
+        for way in options.ways:
+            for kind in options.kinds:
+                cases = load(options.wheel, kind, options.cases)
+                rows.append(await run_kind(engine, cases, kind, way, log, options))
+                show(rows[-1])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

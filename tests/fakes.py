@@ -20,11 +20,12 @@ from agentrt.cache.keys import Fingerprint
 from agentrt.chat import Chat, NoText
 from agentrt.config import ResolvedConfig
 from agentrt.engine_parts import EngineParts, build_loop
+from agentrt.grammar_masks import MaskThread
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
 from agentrt.poster import poster
 from agentrt.request import PENDING, Request
-from agentrt.runner import Computed, collect_computed
+from agentrt.runner import Computed, begin_masks, collect_computed
 from agentrt.sampler import Sampled, is_plain
 from agentrt.scheduler import Plan, Work
 from agentrt.template import ChatTemplate
@@ -125,6 +126,7 @@ class FakeRunner:
     closed: bool = field(default=False, init=False)
     _memory: np.ndarray = field(init=False)
     _sampled: dict[str, int] = field(factory=dict, init=False)  # by request, its newest token
+    _masks: MaskThread = field(factory=MaskThread, init=False)
 
     @_memory.default
     def _empty(self) -> np.ndarray:
@@ -145,7 +147,8 @@ class FakeRunner:
             self._sampled[work.request.id] = int(self._logits(work)[-1].argmax())
         logits = np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
         runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
-        return Computed(sampling, torch.from_numpy(logits), runs_ahead)
+        filling = begin_masks(self._masks, sampling)
+        return Computed(sampling, torch.from_numpy(logits), runs_ahead, filling)
 
     @property
     def checks_drafts(self) -> bool:
@@ -165,6 +168,7 @@ class FakeRunner:
         return HostCopier(self._memory.view(np.uint8))
 
     def close(self) -> None:
+        self._masks.close()
         self.closed = True
 
     def _write(self, work: Work) -> None:

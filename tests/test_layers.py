@@ -17,7 +17,8 @@ LAYERS = [
     {"config", "metrics"},
     {"kernels", "cache"},
     {
-        *("docstring", "gguf_file", "gguf_model", "grammar", "grammar_calls", "grammar_python"),
+        *("docstring", "gguf_file", "gguf_model", "grammar", "grammar_calls", "grammar_masks"),
+        "grammar_python",
         *("model_folder", "models", "parsers", "parsers_cursor", "parsers_families"),
         *(
             "parsers_python",
@@ -141,7 +142,8 @@ def test_threads_meet_asyncio_in_the_loop_alone():
     assert "agentrt.loop" in users
     assert users <= {
         *("agentrt.loop", "agentrt.engine", "agentrt.engine_parts", "agentrt.step_thread"),
-        *("agentrt.grammar", "agentrt.transfer", "agentrt.transfer_cuda"),
+        *("agentrt.grammar", "agentrt.grammar_masks"),
+        *("agentrt.transfer", "agentrt.transfer_cuda"),
         *("agentrt.cache.disk", "agentrt.cache.disk_writer"),
     }
 
