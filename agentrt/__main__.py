@@ -1,4 +1,4 @@
-"""The command line: `python -m agentrt run | chat | bench | info | cache | trace`."""
+"""The command line: `python -m agentrt run | chat | bench | info | cache | trace | serve`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from agentrt import __version__, cli_bench, cli_cache, cli_dialogue, cli_info, cli_trace
+from agentrt import __version__, cli_bench, cli_cache, cli_dialogue, cli_info, cli_serve, cli_trace
 from agentrt.errors import AgentrtError
 
 EXIT_ERROR = 1
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_info.add_info_parser(commands)
     cli_cache.add_cache_parser(commands)
     cli_trace.add_trace_parser(commands)
+    cli_serve.add_serve_parser(commands)
     return parser
 
 

@@ -58,6 +58,13 @@ class Chat:
     _compiler: GrammarCompiler | None = field(default=None, init=False)
     _building: anyio.Lock = field(factory=anyio.Lock, init=False)
 
+    @property
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer, for who cannot do without. Raises RequestInvalid where there is none."""
+        if self.tokenizer is None:
+            raise RequestInvalid("this model has no tokenizer: pass token ids")
+        return self.tokenizer
+
     def decoder(self) -> TextDecoder:
         return NoText() if self.tokenizer is None else self.tokenizer.stream()
 
@@ -76,9 +83,7 @@ class Chat:
         """
         if not isinstance(prompt, str | bytes | bytearray):
             return prompt_array(prompt, self.vocab_size)
-        if self.tokenizer is None:
-            raise RequestInvalid("this model has no tokenizer: pass token ids")
-        text, encode = check_text(prompt), self.tokenizer.encode
+        text, encode = check_text(prompt), self.needed_tokenizer.encode
         if len(text) <= INLINE_CHARACTERS:
             return prompt_array(encode(text), self.vocab_size)
         return prompt_array(await anyio.to_thread.run_sync(encode, text), self.vocab_size)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
     from agentrt.cache import SessionState
-    from agentrt.chat import Prompt
+    from agentrt.chat import Chat, Prompt
     from agentrt.engine_parts import EngineParts
     from agentrt.grammar import Constraint
     from agentrt.tokenizer import Tokenizer
@@ -301,7 +301,7 @@ class Engine:
         `settings` are the client's own. Raises MissingExtra without the extra `openai`.
         """
         adapter = import_module("agentrt.adapters.openai")  # above us: loaded only when asked for
-        client: AsyncOpenAI = adapter.client(self, self._open.chat, **settings)
+        client: AsyncOpenAI = adapter.client(self, **settings)
         return client
 
     # ---- state
@@ -309,10 +309,12 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises RequestInvalid where the model has none."""
-        tokenizer = self._open.chat.tokenizer
-        if tokenizer is None:
-            raise RequestInvalid("this model has no tokenizer: pass token ids")
-        return tokenizer
+        return self._open.chat.needed_tokenizer
+
+    @property
+    def text(self) -> Chat:
+        """The text side of the model: tokenizer, chat template and grammars."""
+        return self._open.chat
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -330,10 +332,8 @@ class Engine:
         admissions = parts.loop.scheduler.admissions
         admission = await asyncio.wrap_future(parts.loop.call(lambda: admissions.get(request_id)))
         if admission is None:
-            raise RequestInvalid(
-                f"request {request_id!r} was never admitted, or is not among the last "
-                f"{MAX_ADMISSIONS}"
-            )
+            why = f"was never admitted, or is not among the last {MAX_ADMISSIONS}"
+            raise RequestInvalid(f"request {request_id!r} {why}")
         elsewhere = parts.elsewhere(admission.token_ids)
         return explain(request_id, admission, parts.chat.decode, elsewhere)
 

@@ -16,14 +16,13 @@ from agentrt.errors import MissingExtra
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-    from agentrt.chat import Chat
     from agentrt.engine import Engine
 
 __all__ = ["Api", "client", "transport"]
 _BASE_URL = "http://agentrt/v1"
 
 
-def client(engine: Engine, chat: Chat, **settings: Any) -> AsyncOpenAI:
+def client(engine: Engine, **settings: Any) -> AsyncOpenAI:
     """A client whose requests the engine answers. Close it, as any, when you are done with it."""
     openai = _imported("openai")
     http = _http_of(openai)
@@ -31,7 +30,7 @@ def client(engine: Engine, chat: Chat, **settings: Any) -> AsyncOpenAI:
         **{
             "api_key": "in-process",
             "base_url": _BASE_URL,
-            "http_client": http.AsyncClient(transport=transport(http, Api(engine, chat))),
+            "http_client": http.AsyncClient(transport=transport(http, Api(engine))),
             **settings,
         }
     )

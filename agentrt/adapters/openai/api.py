@@ -27,7 +27,6 @@ from agentrt.errors import AgentrtError
 from agentrt.parsers_families import LLAMA_PYTHONIC
 
 if TYPE_CHECKING:
-    from agentrt.chat import Chat
     from agentrt.engine import Engine
     from agentrt.types import Message
 
@@ -45,14 +44,13 @@ class Api:
     """Owns what is kept from one request to the next. Clients share it; `aclose` forgets it."""
 
     engine: Engine
-    chat: Chat
     asking: Asking = field(init=False)
     responses: Responses = field(factory=Responses, init=False)
     _opened_s: int = field(factory=lambda: int(time.time()), init=False)
 
     @asking.default
     def _new_asking(self) -> Asking:
-        return Asking(self.engine, self.chat)
+        return Asking(self.engine, self.engine.text)
 
     async def answer(self, method: str, path: str, body: bytes) -> Answer:
         """Never raises for what the caller or the engine did wrong: that becomes an error body."""
@@ -164,8 +162,9 @@ class Api:
         return await answered(self.asking, asked, form, streams=request.streams)
 
     def _tellings(self, asked: Asked) -> list[Telling]:
-        streams_calls = self.chat.call_format is not LLAMA_PYTHONIC
-        return [Telling(streams_calls, self.chat.eos_token_ids) for _ in asked.choices.plans]
+        chat = self.engine.text
+        streams_calls = chat.call_format is not LLAMA_PYTHONIC
+        return [Telling(streams_calls, chat.eos_token_ids) for _ in asked.choices.plans]
 
 
 async def _value(body: bytes) -> Any:
