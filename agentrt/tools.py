@@ -14,7 +14,7 @@ from decimal import Decimal
 from enum import Enum
 from functools import partial
 from pathlib import PurePath
-from typing import Any, overload
+from typing import Any, Protocol, overload, runtime_checkable
 from uuid import UUID
 
 import anyio
@@ -161,8 +161,24 @@ def as_tool(candidate: Tool | Callable[..., Any]) -> Tool:
     return made
 
 
-def _as_tools(candidates: Iterable[Tool | Callable[..., Any]]) -> tuple[Tool, ...]:
-    return tuple(as_tool(candidate) for candidate in candidates)
+@runtime_checkable
+class ToolSource(Protocol):
+    """Something that has tools, as a connection to a server does."""
+
+    @property
+    def tools(self) -> tuple[Tool, ...]: ...
+
+
+def _as_tools(
+    candidates: Iterable[Tool | Callable[..., Any] | ToolSource],
+) -> tuple[Tool, ...]:
+    made: list[Tool] = []
+    for candidate in candidates:
+        if isinstance(candidate, ToolSource) and not callable(candidate):
+            made += candidate.tools
+        else:
+            made.append(as_tool(candidate))
+    return tuple(made)
 
 
 @frozen

@@ -1,0 +1,170 @@
+"""MCP servers as tools: a real process on stdio, and streamable HTTP on the loopback."""
+
+import asyncio
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import FakeEngine, Script, until
+
+from agentrt import GenerateOptions, tool
+from agentrt.errors import ToolInvalid
+from agentrt.tools import ToolSet, run_tool
+from agentrt.types import ToolCall
+
+mcp = pytest.importorskip("mcp")
+from agentrt.adapters.mcp import McpClient  # noqa: E402
+
+HERE = Path(__file__).parent
+DESK = mcp.StdioServerParameters(command=sys.executable, args=[str(HERE / "mcp_desk.py")])
+# The library's own: a process transport that is collected after its event loop has gone.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def library_may_block(blockbuster):
+    """MCP's library reads its packages' metadata at the first call, on our stack."""
+    blockbuster.deactivate()
+    yield
+    blockbuster.activate()
+
+
+@tool
+def double(a: int) -> int:
+    """Double a number."""
+    return 2 * a
+
+
+def call_text(name, arguments):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+async def called(client, name, **arguments):
+    tools = ToolSet([client])
+    return await run_tool(tools, ToolCall("c", name, arguments), clock=lambda: 0.0)
+
+
+async def test_a_server_process_gives_its_tools(tmp_path):
+    async with McpClient(DESK) as desk:
+        by_name = {each.name: each for each in desk.tools}
+        assert set(by_name) == {"add", "seats_book", "refuse", "count", "wait", "draw"}
+        assert by_name["add"].description == "Add two numbers."
+        assert by_name["add"].parameters["properties"]["a"]["type"] == "integer"
+        assert (by_name["add"].idempotent, by_name["wait"].idempotent) == (True, False)
+        # a reference to a class's schema is written out: the tool's becomes part of a larger one
+        seat = by_name["seats_book"].parameters["properties"]["seats"]["items"]
+        assert seat["properties"]["row"]["type"] == "integer"
+
+        assert (await called(desk, "add", a=2, b=3)).content == "5"
+        booked = await called(desk, "seats_book", seats=[{"row": 7, "letter": "A"}])
+        assert (booked.content, booked.is_error) == ("7A", False)
+        failed = await called(desk, "refuse", why="closed")
+        assert failed.is_error
+        assert "no: closed" in failed.content
+        wrong = await called(desk, "add", a="two", b=3)
+        assert (wrong.is_error, "arguments.a" in wrong.content) == (True, True)
+        drawn = await called(desk, "draw")
+        assert drawn.content == "a dot\n[image/png, which this model cannot read]"
+    with pytest.raises(ToolInvalid, match="keep it open"):
+        await desk.refresh()
+
+
+async def test_progress_comes_while_the_tool_runs():
+    told = []
+
+    async def note(progress):
+        told.append((progress.tool, progress.progress, progress.total, progress.message))
+
+    async with McpClient(DESK, on_progress=note) as desk:
+        assert (await called(desk, "count", to=3)).content == "done"
+        await until(lambda: len(told) == 3)
+    assert told == [("count", n, 3, f"at {n}") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "given up"])
+async def test_a_call_that_nobody_waits_for_is_cancelled_at_the_server(how, tmp_path):
+    timeout_s = 0.3 if how == "given up" else None
+    async with McpClient(DESK, timeout_s=timeout_s) as desk:
+        running = asyncio.create_task(called(desk, "wait", folder=str(tmp_path)))
+        if how == "cancelled":
+            await until((tmp_path / "began").exists)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        else:
+            assert "given up after its limit" in (await running).content
+        await until((tmp_path / "cancelled").exists)
+        assert (await called(desk, "add", a=1, b=1)).content == "2"  # the connection lives
+
+
+async def test_its_tools_join_a_sessions_own(tokenizer, template):
+    texts = [
+        call_text("add", '{"a": 2, "b": 3}') + "\n" + call_text("double", '{"a": 5}'),
+        call_text("desk_seats_book", '{"seats": [{"row": 1, "letter": "C"}]}'),
+        "All done.",
+    ]
+    engine = FakeEngine(
+        num_blocks=4000, context=9000, tokenizer=tokenizer, template=template, checked=False,
+        step_tokens=512,
+    )  # fmt: skip
+    engine.runner.script = Script(tokenizer, texts)
+    async with (
+        engine,
+        McpClient(DESK, only={"add"}) as adding,
+        McpClient(DESK, only=["seats.book"], prefix="desk_") as desk,
+    ):
+        options = GenerateOptions(max_tokens=400)
+        async with engine.session(tools=[double, adding, desk], options=options) as session:
+            assert session.tools.names == ("double", "add", "desk_seats_book")
+            reply = await session.run("go")
+    assert reply.text == "All done."
+    results = [[each.content for each in step.results] for step in reply.steps]
+    assert results == [["5", "10"], ["1C"], []]
+
+
+async def test_a_client_of_ones_own_stays_open():
+    async with mcp.Client(DESK) as own:
+        async with McpClient(own, only={"add"}) as desk:
+            assert (await called(desk, "add", a=1, b=2)).content == "3"
+        assert (await own.call_tool("add", {"a": 2, "b": 2})).content[0].text == "4"
+
+
+async def test_streamable_http():
+    uvicorn = pytest.importorskip("uvicorn")
+    desk_server = runpy.run_path(str(HERE / "mcp_desk.py"))["server"]
+    config = uvicorn.Config(
+        desk_server.streamable_http_app(), host="127.0.0.1", port=0, log_level="error"
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        await until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with McpClient(f"http://127.0.0.1:{port}/mcp") as desk:
+            assert (await called(desk, "add", a=20, b=22)).content == "42"
+            failed = await called(desk, "refuse", why="closed")
+            assert failed.is_error
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def test_what_is_wrong_is_said_before_a_turn():
+    with pytest.raises(ToolInvalid, match="enter the McpClient first"):
+        ToolSet([McpClient(DESK)])
+    with pytest.raises(ToolInvalid, match=r"no tool fly; it has add"):
+        async with McpClient(DESK, only={"fly"}):
+            pass
+    async with McpClient(DESK) as desk:
+        with pytest.raises(ToolInvalid, match="unique names, repeated: add"):
+            ToolSet([desk, McpClient.tools.fget(desk)[0]])
+
+
+def test_the_example_asks_a_server_that_it_starts(capsys):
+    """With the real model: it calls the server's tool and its own, and answers from the results."""
+    runpy.run_path(str(HERE.parent / "examples" / "mcp_agent.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "find_book: Emma is by Jane Austen, 1815." in said
+    assert "[1 of 1] looked up Emma" in said
+    assert "get_opening_hours: The library is open from 9 to 17 on Sunday." in said
