@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self
 
@@ -185,18 +185,16 @@ class Engine:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
         ids = await self._open.chat.prompt_ids(prompt)
         stream = await self._submit(ids, options, is_rewritten=is_rewritten)
-        try:
+        with closing(stream):
             async for event in stream:
                 yield event
-        finally:
-            stream.close()
 
     async def prefill(self, token_ids: Sequence[int]) -> None:
-        """Compute a prompt's KV ahead of the request that will have it, at the price of one token
-        sampled in vain. Raises as `generate` does."""
+        """Compute a prompt's KV ahead of the request that will have it. Raises as `generate`."""
         ids = await self._open.chat.prompt_ids(token_ids)
-        stream = await self._submit(ids, GenerateOptions(max_tokens=1))
-        await stream.collect()
+        stream = await self._submit(ids, None)
+        with closing(stream):
+            await stream.collect()
 
     def session(
         self,
@@ -350,9 +348,10 @@ class Engine:
     # ---- submission
 
     async def _submit(
-        self, ids: NDArray[np.int32], options: GenerateOptions, *, is_rewritten: bool = False
+        self, ids: NDArray[np.int32], options: GenerateOptions | None, *, is_rewritten: bool = False
     ) -> TokenStream:
-        parts = self._open
+        parts, num_unwanted = self._open, int(options is None)  # without: the prompt's KV alone
+        options = options or GenerateOptions(max_tokens=1)
         check_options(options, parts.spec.vocab_size)
         total_tokens = admissible_tokens(
             len(ids), options, self.resolved, num_queued=parts.loop.num_queued
@@ -360,6 +359,7 @@ class Engine:
         constraint = await parts.chat.constraint(options.grammar)
         if self._parts is None:
             raise EngineClosed("the engine was closed while the request was prepared")
+        total_tokens -= num_unwanted
         request, stream = self._request(parts, ids, total_tokens, options, constraint)
         request.is_rewritten = is_rewritten
         parts.loop.submit(request)

@@ -299,6 +299,9 @@ class Loop:
         for work, results in zip(launched.ticket.sampling, sampled, strict=True):
             if work.request.state is not State.FINISHED:
                 self._take_run(work, results, now)
+        for work in launched.plan.work:
+            if work.request.is_read:
+                self._finish(work.request, "length", now)
         self.observers.tell(lambda each: each.collected(launched.plan, now))
 
     def _note_rate(self, launched: Launched, seconds: float) -> None:
@@ -376,7 +379,7 @@ class Loop:
         request.drop_pending()
         self.scheduler.finish(request, now)
         del self._live[request.id]
-        self.counters.finished += 1
+        self.counters.finished += not request.is_prefill
         self.counters.output_tokens += request.num_output_tokens
         self._send(request, Finished(request.completion(reason, now)), now)
 

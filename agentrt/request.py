@@ -98,9 +98,10 @@ class Request:
     """Owned by the step thread from submission to its last event.
 
     Invariant: `tokens[:num_tokens]` is prompt + output; the KV of `tokens[:num_computed]` is in
-    the lease's blocks. While decoding, num_computed == num_tokens - 1. A lease is held in PREFILL
-    and DECODE only. The last `num_pending` tokens are still being sampled by the device, and stand
-    in `tokens` as PENDING; between steps all below `num_computed` are known.
+    the lease's blocks. While decoding, num_computed == num_tokens - 1, but for one that asks for no
+    token: it ends once its prompt is computed. A lease is held in PREFILL and DECODE only. The last
+    `num_pending` tokens are still being sampled by the device, and stand in `tokens` as PENDING;
+    between steps all below `num_computed` are known.
     """
 
     id: str
@@ -148,6 +149,16 @@ class Request:
     def max_total_tokens(self) -> int:
         """Tokens of prompt and output when it runs to its limit."""
         return len(self.tokens)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it asks for its prompt's KV alone, and for no token."""
+        return self.max_total_tokens == self.num_prompt_tokens
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it is alive and has all that it asks for, which is its prompt's KV."""
+        return self.is_prefill and self.state is State.DECODE
 
     @property
     def known(self) -> NDArray[np.int32]:

@@ -43,7 +43,7 @@ class Work:
     @property
     def samples(self) -> bool:
         """Whether the last row's logits give the request's next token."""
-        return self.num_known == self.request.num_tokens
+        return self.num_known == self.request.num_tokens and not self.request.is_prefill
 
     @property
     def num_known(self) -> int:

@@ -117,6 +117,7 @@ class FakeRunner:
     step_tokens: int | None = None
     fail_at_step: int | None = None
     script: Callable[[Request, int], int | None] = lambda *_: None
+    fills_masks: bool = True  # beside the step; a grammar that is none of llguidance's has none
     ahead: bool = False  # tokens come a step later, and until then only the device knows them
     before_step: Callable[[], None] = lambda: None
     gate: Gate = field(factory=Gate)
@@ -147,7 +148,7 @@ class FakeRunner:
             self._sampled[work.request.id] = int(self._logits(work)[-1].argmax())
         logits = np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
         runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
-        filling = begin_masks(self._masks, sampling)
+        filling = begin_masks(self._masks, sampling) if self.fills_masks else None
         return Computed(sampling, torch.from_numpy(logits), runs_ahead, filling)
 
     @property
@@ -361,7 +362,7 @@ def make_request(
     tokens[: len(prompt)] = prompt
     return Request(
         id=f"test{next(_numbers)}",
-        options=options or GenerateOptions(max_tokens=max_tokens, ignore_eos=True),
+        options=options or GenerateOptions(max_tokens=max(max_tokens, 1), ignore_eos=True),
         namespace="",
         sink=sink,
         text=OutputText(NoText(), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLExecutor
 
-from agentrt import GenerateOptions, grammar
-from agentrt.errors import EngineFailed
+from agentrt import Completion, GenerateOptions, grammar
+from agentrt.errors import EngineFailed, GrammarInvalid
 from agentrt.grammar import Constraint, GrammarCompiler, fill_masks
 from agentrt.grammar_masks import MaskThread
 from agentrt.sampler import forbid, forbidden_there
@@ -144,3 +145,21 @@ def test_what_a_mask_lacks_is_forbidden_on_any_device(num_words, vocab_size, see
     there = forbidden_there(mask, torch.device("cpu"))
     shown = min(vocab_size, 32 * num_words)
     assert there[:shown].tolist() == [not each for each in allowed[:shown]]
+
+
+async def test_a_grammar_too_complex_to_follow_fails_its_caller_alone(tokenizer) -> None:
+    many = " | ".join(f'"x" b{n}' for n in range(3000))
+    rules = "\n".join(f'b{n}: "y{n}"' for n in range(3000))
+    bad = GenerateOptions(max_tokens=8, grammar=f"start: a\na: {many}\n{rules}\n")
+    good = GenerateOptions(max_tokens=8, grammar=grammar.regex("[a-c]{8}"))
+    async with FakeEngine(tokenizer=tokenizer) as engine:
+        failing, fine = await asyncio.gather(
+            engine.generate([5, 6, 7], bad),
+            engine.generate([5, 6, 8], good),
+            return_exceptions=True,
+        )
+        assert isinstance(failing, GrammarInvalid)
+        assert "cannot be followed" in str(failing)
+        assert isinstance(fine, Completion)
+        assert len(fine.text) == 8
+        assert await engine.leased_blocks() == 0

@@ -9,6 +9,7 @@ from agentrt.cache import PrefixCache
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, GrammarInvalid
 from agentrt.loop import Loop
 from agentrt.scheduler import Scheduler
+from agentrt.speculate import Drafter
 from agentrt.types import Finished, GenerateOptions, TextDelta
 
 
@@ -64,6 +65,41 @@ def test_events_are_the_tokens_in_order_and_then_the_end(loop):
     assert completion.finish_reason == "length"
     assert completion.usage.prompt_tokens == 3
     assert completion.usage.output_tokens == 5
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_for_no_token_ends_when_its_prompt_is_computed(loop, ahead):
+    loop.runner.ahead = ahead
+    loop.scheduler.drafter = drafter = Drafter()
+    loop.start()
+    prompt = list(range(1, 22))
+    for num_computed in (len(prompt), len(prompt)):
+        _, inbox = submit(loop, prompt, max_tokens=0)
+        completion = inbox.end.completion
+        assert inbox.events == [inbox.end]
+        assert (completion.token_ids, completion.finish_reason) == ((), "length")
+        assert completion.usage.prompt_tokens == num_computed
+    assert completion.usage.cached_tokens["device"] == len(prompt) - 1
+    loop.call(loop.scheduler.check).result()
+    assert loop.scheduler.cache.stats().leased_blocks == 0
+    assert (loop.counters.finished, loop.counters.output_tokens) == (0, 0)
+    assert not any(len(recent.tokens) for recent in drafter._recent.values())
+    _, inbox = submit(loop, prompt, max_tokens=5)
+    assert list(inbox.end.completion.token_ids) == greedy_after(prompt, 5)
+    assert loop.counters.finished == 1
+
+
+def test_requests_for_no_token_beside_others_in_a_small_pool(loop):
+    loop.runner.gate.close()
+    loop.start()
+    asked = [submit(loop, [n, *range(1, 50 + n)], max_tokens=n % 3 * 6) for n in range(12)]
+    loop.runner.gate.open()
+    for request, inbox in asked:
+        wanted = request.max_total_tokens - request.num_prompt_tokens
+        prompt = request.tokens[: request.num_prompt_tokens].tolist()
+        assert list(inbox.end.completion.token_ids) == greedy_after(prompt, wanted)
+    loop.call(loop.scheduler.check).result()
+    assert loop.scheduler.cache.stats().leased_blocks == 0
 
 
 def test_times_come_from_the_clock(loop):
@@ -222,6 +258,7 @@ class FailsAt:
 
 @pytest.mark.parametrize("method", ["mask", "accept"])
 def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(loop, method):
+    loop.runner.fills_masks = False
     loop.runner.gate.close()
     loop.start()
     _, bad = submit(loop, (1, 2), 9, FailsAt(method, 3))

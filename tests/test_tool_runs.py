@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -297,14 +298,23 @@ async def test_output_is_prefilled_while_the_tool_speaks(tokenizer, template) ->
         yield lines[-1]
 
     async with scripted(tokenizer, template, [call_text("report"), "ok"]) as engine:
+        prefilled: list[int] = []  # tokens
+        prefill = engine.prefill
+
+        async def noted(ids: Sequence[int]) -> None:
+            await prefill(ids)
+            prefilled.append(len(ids))
+
+        engine.prefill = noted
         session = engine.session(tools=[report], options=PLENTY)
         task = asyncio.create_task(session.run("go"))
         so_far = "".join(lines[:-1])
-        # a request that asks for nothing has read nearly all that was said
-        await until(lambda: engine.stats().finished >= 2)
+        # a request that asks for no token has read nearly all that was said
+        await until(lambda: prefilled and prefilled[-1] >= len(so_far))
         before = engine.stats().computed_tokens
         go_on.set()
         reply = await task
+        assert engine.stats().finished == 2
         (result,) = reply.steps[0].results
         assert result.content == "".join(lines)
         cached = reply.steps[1].completion.usage.cached_tokens["device"]
