@@ -5,7 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fakes import EOS, FakeEngine
+import torch
+from fakes import EOS, FakeEngine, logits_after, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,11 @@ async def generate(prompts, *, speculation, script=None, vocab_size=None, **opti
         if script is not None:
             engine.runner.script = script
         wanted = GenerateOptions(**{"max_tokens": 40, "ignore_eos": True, **options})
-        done = await asyncio.gather(*(engine.generate(prompt, wanted) for prompt in prompts))
+        engine.gate.close()
+        asked = asyncio.gather(*(engine.generate(prompt, wanted) for prompt in prompts))
+        await until(lambda: engine._open.loop.num_queued == len(prompts))
+        engine.gate.open()  # all begin in the same step
+        done = await asked
         await engine.check()
         return done, engine.stats()
 
@@ -138,6 +143,65 @@ async def test_the_distribution_stays():
             )
         counts.append(Counter(done.token_ids for done in completions))
     assert counts[0] == counts[1]
+
+
+FEW_WORDS, TEMPERATURE, NUM_DRAWN, NUM_REQUESTS = 5, 0.7, 2, 2000
+
+
+def true_distribution(prompt):
+    """How likely the model's next NUM_DRAWN tokens are, from its logits alone."""
+    likely = {(): 1.0}
+    for _ in range(NUM_DRAWN):
+        longer = {}
+        for words, chance in likely.items():
+            logits = logits_after([*prompt, *words], FEW_WORDS).astype(np.float64)
+            scores = np.exp(logits / TEMPERATURE)
+            for token, share in enumerate(scores / scores.sum()):
+                longer[(*words, token)] = chance * float(share)
+        likely = longer
+    return likely
+
+
+def chance_of(counts, likely):
+    """The p-value of Pearson's test; cells of less than 5 are taken together."""
+    total = sum(counts.values())
+    cells = [(counts[words], chance * total) for words, chance in likely.items()]
+    small = [cell for cell in cells if cell[1] < 5]
+    cells = [cell for cell in cells if cell[1] >= 5]
+    cells.append((sum(seen for seen, _ in small), sum(wanted for _, wanted in small)))
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=freedom.dtype)))
+
+
+async def test_tokens_behind_drafts_have_the_models_own_distribution():
+    """Of each pair of tokens, against what the logits say; drafts are right and wrong by turns."""
+    prompt = [3, 4, 3, 4, 3]
+    async with FakeEngine(num_blocks=256, vocab_size=FEW_WORDS, checked=False) as engine:
+        options = [
+            GenerateOptions(
+                max_tokens=NUM_DRAWN + 2, temperature=TEMPERATURE, seed=seed, ignore_eos=True
+            )
+            for seed in range(NUM_REQUESTS)
+        ]
+        done = await asyncio.gather(*(engine.generate(prompt, each) for each in options))
+        stats = engine.stats()
+    assert NUM_REQUESTS / 4 < stats.accepted_tokens < stats.drafted_tokens / 2
+    counts = Counter(one.token_ids[:NUM_DRAWN] for one in done)
+    assert chance_of(counts, true_distribution(prompt)) > 0.001
+
+
+@pytest.mark.parametrize("guess", range(FEW_WORDS))
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_that_test_finds_a_draft_that_is_believed_too_often(share, guess):
+    """As many draws, the second of which is the same guess in this share of the cases."""
+    likely, chance = true_distribution([3, 4, 3, 4, 3]), np.random.default_rng(guess)
+    words = list(likely)
+    drawn = chance.choice(len(words), NUM_REQUESTS, p=np.array(list(likely.values())))
+    counts = Counter(
+        (words[index][0], guess) if chance.random() < share else words[index] for index in drawn
+    )
+    assert (chance_of(counts, likely) < 0.001) == (share > 0)
 
 
 async def test_a_small_pool_preempts_nobody_for_a_draft():
