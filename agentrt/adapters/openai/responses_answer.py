@@ -37,6 +37,7 @@ class ResponsesAnswer:
     _num_events: int = field(default=0, init=False)
     _reason: EndReason | None = field(default=None, init=False)
     _completion: Completion | None = field(default=None, init=False)
+    _whole: dict[str, Any] | None = field(default=None, init=False)
 
     @_items.default
     def _new_items(self) -> OutputItems:
@@ -56,7 +57,7 @@ class ResponsesAnswer:
     def end(self) -> list[Event]:
         if self._reason is None:  # closed before the end
             return []
-        response = self.whole()
+        self._whole = response = self._complete()
         if self.request.stores:
             self.store.add(self.request, response)
         return self._numbered([{"type": f"response.{response['status']}", "response": response}])
@@ -74,6 +75,10 @@ class ResponsesAnswer:
         return b""
 
     def whole(self) -> dict[str, Any]:
+        assert self._whole is not None
+        return self._whole
+
+    def _complete(self) -> dict[str, Any]:
         reason = _INCOMPLETE.get(self._reason or "")
         response = self._response("completed" if reason is None else "incomplete")
         response["incomplete_details"] = None if reason is None else {"reason": reason}
