@@ -89,12 +89,16 @@ def wanted(
     session: str | None = None,
     grammar: str | None = None,
 ) -> Wanted:
-    """A request. `choice` is "auto", "none", "required" or a tool's name; `schema` holds a text
-    answer to JSON; `session` names the conversation, `grammar` is one of `agentrt.grammar`.
+    """A request. `choice` is "auto", "none", "required", a tool's name, or "once": one call after a
+    message of the user, and then text. `schema` holds a text answer to JSON; `session` names the
+    conversation, `grammar` is one of `agentrt.grammar`.
 
     Raises RequestInvalid where that does not go together.
     """
     offered = ToolSet(tools)
+    if choice == "once":
+        is_answered = messages[-1].role == "tool"
+        choice, parallel = ("none" if is_answered else "required"), False
     if grammar is not None and (offered or schema is not None):
         raise RequestInvalid("a grammar excludes tools and a schema: they are grammars too")
     chosen: Choice = CHOICES.get(choice) or named_choice(choice)
@@ -122,9 +126,11 @@ def wanted(
 
 def offered_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> Tool:
     """A tool that the framework runs."""
-    schema = parameters or {"type": "object", "properties": {}}
+    schema = dict(parameters or {"type": "object", "properties": {}})
+    if schema.get("properties"):  # a model that may invent arguments does
+        schema.setdefault("additionalProperties", False)
     try:
-        whole = standalone(dict(schema), f"tool {name}")
+        whole = standalone(schema, f"tool {name}")
     except Refusal as exc:
         raise RequestInvalid(str(exc)) from exc
     return tool_of({"name": name, "description": description or "", "parameters": whole})

@@ -1,0 +1,157 @@
+"""LangChain: its own standard suites, and what they do not ask."""
+
+import pytest
+from fakes import FakeEngine, Script, until
+
+from agentrt import Engine
+from agentrt.adapters.blocking import blocking_engine
+from agentrt.errors import RequestInvalid
+from agentrt.grammar import choice
+
+pytest.importorskip("langchain_tests")
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from agentrt.adapters.langchain import AgentrtChat
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    with blocking_engine() as bridge:
+        yield bridge
+
+
+class Real:
+    """SmolLM2, which a fixture opens once for all tests."""
+
+    @pytest.fixture(autouse=True)
+    def _open(self, smollm2):
+        self.bridge = smollm2
+
+    @property
+    def chat_model_class(self):
+        return AgentrtChat
+
+    @property
+    def chat_model_params(self):
+        return {
+            "engine": self.bridge,
+            "tool_choice": "once",  # a model of 135M parameters needs to be told
+            "parallel_tool_calls": False,
+        }
+
+    @property
+    def standard_chat_model_params(self):
+        return {"temperature": 0.0, "max_tokens": 200}
+
+    @property
+    def has_tool_choice(self):
+        return True
+
+    @property
+    def has_structured_output(self):
+        return True
+
+
+class TestUnits(Real, ChatModelUnitTests):
+    pass
+
+
+def call_text(name, arguments):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+class TestStandard(Real, ChatModelIntegrationTests):
+    """All with SmolLM2, but two: it reads magic_function(3) as a call with 1. There what the model
+    says is scripted, and the suite's own checks see what LangChain makes of it."""
+
+    @pytest.fixture
+    def model(self, request, tokenizer, template):
+        settings = {**self.standard_chat_model_params, **self.chat_model_params}
+        settings |= getattr(request, "param", None) or {}
+        if request.function.__name__ not in ("test_tool_calling", "test_tool_calling_async"):
+            yield AgentrtChat(**settings)
+            return
+        texts = [call_text("magic_function", '{"input": 3}')] * 9
+        with blocking_engine(scripted(tokenizer, template, texts)) as bridge:
+            yield AgentrtChat(**{**settings, "engine": bridge})
+
+
+def scripted(tokenizer, template, texts):
+    engine = FakeEngine(
+        num_blocks=8000, context=20000, tokenizer=tokenizer, template=template, checked=False,
+        step_tokens=2048,
+    )  # fmt: skip
+    engine.runner.script = Script(tokenizer, texts)
+    return engine
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def test_a_tool_loop_on_the_engines_own_event_loop(tokenizer, template):
+    texts = [call_text("add", '{"a": 2, "b": 3}'), "It is 5."]
+    async with scripted(tokenizer, template, texts) as engine:
+        chat = AgentrtChat(engine=engine)
+        bound, messages = chat.bind_tools([add]), [HumanMessage("2 + 3?")]
+        first = await bound.ainvoke(messages)
+        (call,) = first.tool_calls
+        assert (call["name"], call["args"]) == ("add", {"a": 2, "b": 3})
+        messages += [first, ToolMessage("5", tool_call_id=call["id"], name="add")]
+        second = await bound.ainvoke(messages)
+        stats = engine.stats()
+    assert second.content == "It is 5."
+    usage = second.usage_metadata
+    known = first.usage_metadata["total_tokens"]
+    assert usage["input_token_details"]["cache_read"] == known - 1 == stats.cached_tokens
+    assert second.response_metadata["cached_tokens"]["device"] == known - 1
+
+
+async def test_what_blocks_the_engines_event_loop_is_refused(tokenizer, template):
+    async with scripted(tokenizer, template, ["x"]) as engine:
+        chat = AgentrtChat(engine=engine)
+        with pytest.raises(RequestInvalid, match="await the async method"):
+            chat.invoke("Hello")
+
+
+async def test_what_the_wire_cannot_say(tokenizer, template):
+    async with scripted(tokenizer, template, ["no", "x"]) as engine:
+        chat = AgentrtChat(engine=engine, session="s1")
+        assert (await chat.ainvoke("?", grammar=choice(["yes", "no"]))).content == "no"
+        assert chat.engine is engine
+        with pytest.raises(RequestInvalid, match="unknown arguments: colour"):
+            await chat.ainvoke("?", colour="red")
+        with pytest.raises(RequestInvalid, match="reads text, not image_url"):
+            await chat.ainvoke([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])])
+
+
+async def test_leaving_a_stream_cancels_the_request(tokenizer, template):
+    async with scripted(tokenizer, template, ["word " * 300]) as engine:
+        stream = AgentrtChat(engine=engine).astream("Go on")
+        async for _ in stream:
+            engine.gate.close()
+            break
+        await stream.aclose()
+        del stream  # LangChain leaves its inner generator to the event loop's finalizer
+        engine.gate.open()
+        await until(lambda: engine.stats().cancelled == 1)
+        assert await engine.leased_blocks() == 0
+
+
+def test_without_an_event_loop_it_says_what_to_do():
+    with pytest.raises(ValueError, match="blocking_engine"):
+        AgentrtChat(engine=Engine())
+
+
+def test_a_blocking_engine_streams_and_is_left_in_the_middle(tokenizer, template):
+    with blocking_engine(scripted(tokenizer, template, ["One two.", "word " * 300])) as bridge:
+        chat = AgentrtChat(engine=bridge)
+        assert "".join(each.content for each in chat.stream("Count")) == "One two."
+        for _ in chat.stream("Go on"):
+            break
+        assert bridge.run(bridge.engine.leased_blocks()) == 0
