@@ -17,7 +17,14 @@ from agentrt.cache.keys import Fingerprint, chunk_key, root_key
 from agentrt.cache.node import TokenArray
 from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
-from agentrt.engine_tiers import CHUNK_TOKENS, LRU, OpenTiers, fingerprint_of, open_tiers
+from agentrt.engine_tiers import (
+    CHUNK_TOKENS,
+    LRU,
+    OpenTiers,
+    disk_packing,
+    fingerprint_of,
+    open_tiers,
+)
 from agentrt.errors import EngineClosed, ModelNotFound
 from agentrt.explain import Elsewhere
 from agentrt.loop import Loop
@@ -135,6 +142,7 @@ def open_parts(
         runner,
         poster(event_loop),
         device=loaded.compute.device.type,
+        packing=disk_packing(config, loaded),
         **_tiers_memory(loaded.compute.device.type, resolved),
     )
     chat = _chat(path, loaded.model.spec, config)

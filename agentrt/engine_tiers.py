@@ -16,6 +16,7 @@ from agentrt.cache.evict import TierRates
 from agentrt.cache.host import HostTier, allocate_pages
 from agentrt.cache.keys import Fingerprint, root_key
 from agentrt.cache.lower import LowerTiers
+from agentrt.cache.packing import FloatName, Int8Packing
 from agentrt.cache.split import Rates
 from agentrt.errors import ConfigError, TierUnavailable
 from agentrt.kernels.arithmetic import arithmetic_of
@@ -53,6 +54,7 @@ def open_tiers(
     device: str,
     chunk_tokens: int = CHUNK_TOKENS,
     allocate: Callable[[int], Any] = allocate_pages,
+    packing: Int8Packing | None = None,
 ) -> OpenTiers:
     """Open the tiers that the config asks for. A disk tier that cannot be had is said once, in the
     log, and the engine runs on without it."""
@@ -62,7 +64,9 @@ def open_tiers(
     owner: list[LowerTiers] = []  # of the disk tier, which is opened first
     if resolved.disk_kv_bytes:
         try:
-            disk = _open_disk(config, resolved, fingerprint, lambda size: owner[0].victims(size))
+            disk = _open_disk(
+                config, resolved, fingerprint, lambda size: owner[0].victims(size), packing
+            )
         except TierUnavailable as exc:
             problem = str(exc)
             logger.warning("running without the disk tier: %s", problem)
@@ -105,15 +109,32 @@ def fingerprint_of(config: EngineConfig, loaded: LoadedModel, token_bytes: int) 
         namespace=config.namespace,
         model_digest=loaded.digest,
         layout=f"{spec.num_layers} layers, k v, {spec.num_kv_heads} heads, tokens, "
-        f"{spec.head_dim}, {compute.kv_layout.name}",
+        f"{spec.head_dim}, {compute.kv_layout.name}, {config.disk_kv_dtype} on disk",
         dtype=str(compute.dtype),
         arithmetic=f"{compute.ops.name} {arithmetic_of(compute.ops, compute.device)}",
         token_bytes=token_bytes,
     )
 
 
+def disk_packing(config: EngineConfig, loaded: LoadedModel) -> Int8Packing | None:
+    """How KV lies on disk, if not as it is. Raises ConfigError."""
+    if config.disk_kv_dtype == "same":
+        return None
+    if config.deterministic:
+        raise ConfigError(
+            "disk_kv_dtype='int8' changes the bits that deterministic=True promises: leave it at "
+            "'same'"
+        )
+    dtype: FloatName = "bfloat16" if loaded.compute.dtype.itemsize == 2 else "float32"
+    return Int8Packing(dtype, loaded.model.spec.head_dim)
+
+
 def _open_disk(
-    config: EngineConfig, resolved: ResolvedConfig, fingerprint: Fingerprint, victims: Victims
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    fingerprint: Fingerprint,
+    victims: Victims,
+    packing: Int8Packing | None,
 ) -> DiskTier:
     if resolved.disk_kv_bytes < MIN_QUOTA_BYTES:
         raise ConfigError(
@@ -125,4 +146,5 @@ def _open_disk(
         fingerprint=fingerprint,
         clock=time.time,
         victims=victims,
+        packing=packing,
     )

@@ -32,7 +32,7 @@ from replay_all import num_shared_tokens
 from virtual_engine import KV_TOKEN_BYTES, Costs, VirtualEngine
 
 from agentrt import Engine, EngineConfig, Finished, GenerateOptions
-from agentrt.config import default_cache_dir
+from agentrt.config import BLOCK_TOKENS, default_cache_dir
 from agentrt.registry import locate
 
 MEDIAN_WAIT_S = 0.5
@@ -184,7 +184,7 @@ def three_configs(agents: Rows, token_bytes: int, block_tokens: int) -> dict[str
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     agents = workload(arguments.shared, arguments.agents, arguments.turns, arguments.wait_scale)
     if arguments.virtual:
-        configs = three_configs(agents, KV_TOKEN_BYTES, block_tokens=256)
+        configs = three_configs(agents, KV_TOKEN_BYTES, BLOCK_TOKENS["cpu"])
         return {name: mean_virtual(agents, config) for name, config in configs.items()}
     async with Engine(config=EngineConfig(disk_kv_bytes=0)) as engine:
         resolved = engine.resolved

@@ -11,7 +11,7 @@ import numpy as np
 from attrs import define, field, frozen
 from xxhash import xxh3_128_digest
 
-from agentrt.cache.evict import SessionState
+from agentrt.cache.evict import NodeFacts, SessionState
 from agentrt.cache.keys import chunk_key
 from agentrt.cache.node import TokenArray, num_common
 from agentrt.errors import CacheCorrupt
@@ -103,6 +103,11 @@ class Chunk:
     def is_readable(self) -> bool:
         """Whether some tier has its bytes."""
         return any(h is not None and h.is_ready for h in (self.host, self.disk))
+
+    def take_facts(self, leaf: NodeFacts) -> None:
+        """What the device's eviction knew of the log that ends here."""
+        self.state, self.marked_s, self.expected_s = leaf.state, leaf.marked_s, leaf.expected_s
+        self.num_hits = max(self.num_hits, leaf.num_hits)
 
 
 @frozen

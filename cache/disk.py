@@ -24,10 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, final
 
-from agentrt.cache.disk_folder import OpenFolder, file_bytes, open_folder
+import numpy as np
+from attrs import evolve
+
+from agentrt.cache.disk_folder import OpenFolder, file_bytes, is_being_written, open_folder
 from agentrt.cache.disk_table import Entry
 from agentrt.cache.disk_writer import MIN_QUOTA_BYTES, DiskWriter, WriteOptions
 from agentrt.cache.keys import Fingerprint
+from agentrt.cache.packing import Int8Packing
 from agentrt.cache.payload_file import GRAIN_BYTES, checksum_of
 from agentrt.cache.tier import Buffer, Contents, Record, TierEvents, TierStats
 from agentrt.errors import CacheCorrupt, TierUnavailable
@@ -53,8 +57,10 @@ class DiskTier:
         clock: Callable[[], float],
         victims: Victims | None = None,
         options: WriteOptions | None = None,
+        packing: Int8Packing | None = None,
     ) -> None:
-        """Open or create the tier in `folder`; read-only if another tier writes there.
+        """Open or create the tier in `folder`; read-only if another tier writes there. `packing` is
+        how own payloads lie in the file; it must be part of the fingerprint.
 
         `victims`, called in `put` only, names what the owner can spare; without it the least
         recently used leaf goes. Raises TierUnavailable, and ValueError for too small a quota.
@@ -67,6 +73,7 @@ class DiskTier:
         self._clock = clock
         self._victims = victims
         self._options = options or WriteOptions()
+        self._packing = packing
         self._changed = threading.Condition()
         self._closed = False
         self._start(self._open())
@@ -92,18 +99,24 @@ class DiskTier:
                 quota_bytes=self._quota_bytes,
                 options=self._options,
                 clock=self._clock,
+                packing=self._packing,
             )
             self._writer.start()
 
     def take_over(self) -> bool:
         """Become the folder's writer if the other one is gone; then `scan` again.
 
-        False, and nothing has changed, if it is there, or if this one writes already. Raises
-        TierUnavailable.
+        False, and nothing has changed, if it is there, if this one writes already, or if the folder
+        cannot be written now.
         """
         if self._closed or self._writer is not None:
             return False
-        opened = self._open()
+        try:
+            if is_being_written(self._folder):
+                return False
+            opened = self._open()
+        except (OSError, TierUnavailable):
+            return False  # what it was opened with is still good to read from
         if opened.lock is None:
             opened.close()
             return False
@@ -133,7 +146,10 @@ class DiskTier:
         with self._changed:
             records = self._table.scan()
             self._wake()
+        packing = self._packing
+        if packing is None:
             return records
+        return [evolve(each, num_bytes=packing.plain_bytes(each.num_bytes)) for each in records]
 
     def put(self, record: Record, payload: Sequence[Buffer]) -> bool:
         """Queue a record for the writer; False if it is refused now: it may come again later.
@@ -146,6 +162,7 @@ class DiskTier:
         num_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
         if num_bytes != record.num_bytes:
             raise ValueError(f"{record!r} comes with {num_bytes} bytes of payload")
+        record = self._stored(record)
         with self._changed:
             known = self._table.get(record.key)
             if known is not None and known.header.holds(record):
@@ -156,7 +173,7 @@ class DiskTier:
             entry = None
             # Another record of the same key is a collision: the older one stays.
             is_new = known is None and (not record.start or self._table.get(record.parent))
-            if is_new and self._writer is not None and self._writer.accepts(num_bytes):
+            if is_new and self._writer is not None and self._writer.accepts(record.num_bytes):
                 entry = self._reserve(record)
             if entry is None or self._writer is None:
                 self._table.counts.refused += 1
@@ -169,13 +186,20 @@ class DiskTier:
 
         After a miss they hold rubbish. What does not fit its header or checksum is dropped.
         """
+        record = self._stored(record)
         with self._changed:
             entry = self._table.get(record.key)
             if self._closed or entry is None or not entry.is_written:
                 return False
             if not entry.header.holds(record):
                 return False
-        return self._read(entry, into)
+        if self._packing is None:
+            return self._read(entry, into)
+        packed = np.empty(record.num_bytes, np.uint8)
+        if not self._read(entry, [packed]):
+            return False
+        self._packing.unpack(packed, into)
+        return True
 
     def prefetch(self, records: Sequence[Record]) -> None:
         """Have the system read these soon: a record ahead of `read`, cold reads gain 1.4 x."""
@@ -287,6 +311,12 @@ class DiskTier:
         if self._writer is not None:
             self._writer.close()
         self._opened.close()
+
+    def _stored(self, record: Record) -> Record:
+        """The record with as many bytes as it has in the file."""
+        if self._packing is None:
+            return record
+        return evolve(record, num_bytes=self._packing.packed_bytes(record.num_bytes))
 
     def _reserve(self, record: Record) -> Entry | None:
         """Find an extent for a record, and evict for it."""

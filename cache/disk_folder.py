@@ -63,6 +63,14 @@ def open_folder(folder: Path, *, quota_bytes: int, fingerprint: bytes, own_lru: 
     return OpenFolder(lock=lock, payload=payload, index=index, table=table)
 
 
+def is_being_written(folder: Path) -> bool:
+    """Whether another tier has the folder's lock. Raises OSError."""
+    lock = _acquire(folder)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
 def file_bytes(folder: Path) -> int:
     """What the tier's files take, those that are there."""
     total = 0

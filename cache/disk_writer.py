@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from agentrt.cache.disk_table import DiskTable, Entry
 from agentrt.cache.index_file import IndexFile, IndexFull
+from agentrt.cache.packing import Int8Packing
 from agentrt.cache.payload_file import GRAIN_BYTES, PayloadFile, checksum_of
 from agentrt.cache.record import make_header
 from agentrt.cache.tier import Buffer, Record
@@ -65,6 +66,7 @@ class DiskWriter:
         quota_bytes: int,
         options: WriteOptions,
         clock: Callable[[], float],
+        packing: Int8Packing | None,
     ) -> None:
         self.queued_bytes = 0
         self.resume_s: float | None = None  # after an error: nothing is taken before
@@ -76,6 +78,7 @@ class DiskWriter:
         self._quota_bytes = quota_bytes
         self._options = options
         self._clock = clock
+        self._packing = packing
         self._jobs: list[_Job] = []
         self._scrub = False  # overwrite all that no entry covers, and the old index
         self._asked = 0  # flushes
@@ -179,7 +182,8 @@ class DiskWriter:
         """Write and sync the payloads of those that are still wanted."""
         headers = []
         for job in jobs:
-            checksum = checksum_of(job.payload)
+            payload = job.payload if self._packing is None else self._packing.pack(job.payload)
+            checksum = checksum_of(payload)
             # Asked after the checksum: once the owner let go of the record it may change the
             # buffers. What changes later does not fit the checksum, and can only be a miss.
             with self._changed:
@@ -187,7 +191,7 @@ class DiskWriter:
             if not is_wanted:
                 continue
             header = make_header(job.record, self._table.fingerprint, checksum)
-            self._payload.write(job.entry.grain, [header.raw, *job.payload])
+            self._payload.write(job.entry.grain, [header.raw, *payload])
             headers.append((job.entry, header))
         if headers:
             self._payload.sync()

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 from agentrt.cache.chunk import Chunk, ChunkIndex, Holding, StoredPrefix
-from agentrt.cache.evict import DEAD_STATES, NodeFacts, SessionState, TierRates, worth
+from agentrt.cache.evict import DEAD_STATES, SessionState, TierRates, worth
 from agentrt.cache.holdings import Holdings
 from agentrt.cache.host import HostTier
 from agentrt.cache.node import Evicted, TokenArray
 from agentrt.cache.tier import LowerStats, Record, Tier
+
+TAKE_OVER_APART_S = 2.0  # between two looks whether the writer of the disk tier is gone
 
 
 @final
@@ -44,7 +46,9 @@ class LowerTiers:
         self._holdings = Holdings(index, host, host_rates, disk_rates)
         self._writing: dict[bytes, Chunk] = {}
         self._to_write: dict[bytes, Chunk] = {}  # refused by the disk so far
+        self._clock = clock
         self._now = clock()  # the newest time that a caller told
+        self._next_take_over_s = self._now
         self._saved_tokens = 0
         self._unsaved_tokens = 0
         if disk is not None:
@@ -177,7 +181,8 @@ class LowerTiers:
                 fresh.append(chunk)
             node = chunk
         if path and path[-1].end == len(evicted.token_ids):
-            self._take_facts(path[-1], evicted.leaf)
+            path[-1].take_facts(evicted.leaf)
+            self._holdings.offer(path[-1])
         for chunk in fresh:
             self._saved_tokens += len(chunk.token_ids)
             chunk.last_used_s = max(chunk.last_used_s, evicted.leaf.last_used_s)
@@ -200,6 +205,8 @@ class LowerTiers:
         """Hear what the disk tier did, and offer it what it refused before."""
         if self._disk is None:
             return
+        if self._clock() >= self._next_take_over_s:
+            self._try_take_over(self._disk)
         events = self._disk.events()
         for key in events.written:
             self._written(key)
@@ -305,6 +312,18 @@ class LowerTiers:
     def _num_bytes(self, chunk: Chunk) -> int:
         return len(chunk.token_ids) * self.token_bytes
 
+    def _try_take_over(self, disk: Tier) -> None:
+        """Write the disk tier, if whoever did so is gone."""
+        self._next_take_over_s = self._clock() + TAKE_OVER_APART_S
+        if not disk.take_over():
+            return
+        records = disk.scan()
+        there = {record.key for record in records}
+        for chunk in [each for each in self._index if each.disk is not None]:
+            if chunk.key not in there:
+                self._holdings.let_go(chunk, "disk")
+        self._take_in(records)
+
     def _take_in(self, records: Iterable[Record]) -> None:
         for record in records:
             parent = self._index.get(record.parent)
@@ -313,11 +332,13 @@ class LowerTiers:
             if parent is None or parent.end != record.start:
                 continue
             now = record.last_used_s - self._wall_ahead_s
-            chunk = self._index.add(parent, record.token_ids, now)
-            if chunk is not None and chunk.key == record.key:
+            chunk = self._index.find(parent, record.token_ids)
+            chunk = chunk or self._index.add(parent, record.token_ids, now)
+            if chunk is None:
+                continue
+            if chunk.key == record.key and chunk.disk is None:
                 self._holdings.hold(chunk, "disk").is_ready = True
-            elif chunk is not None:
-                self._index.prune(chunk)
+            self._index.prune(chunk)
 
     def _drop_tails(self, chunk: Chunk) -> None:
         """Drop the tails of which `chunk` is the continuation."""
@@ -328,12 +349,6 @@ class LowerTiers:
                 self._discard(tail)
         if keys and self._disk is not None:
             self._disk.drop(keys)
-
-    def _take_facts(self, chunk: Chunk, leaf: NodeFacts) -> None:
-        """What the device's eviction knew of the end of a log."""
-        chunk.state, chunk.marked_s, chunk.expected_s = leaf.state, leaf.marked_s, leaf.expected_s
-        chunk.num_hits = max(chunk.num_hits, leaf.num_hits)
-        self._holdings.offer(chunk)
 
     def _discard(self, chunk: Chunk) -> None:
         """Take a chunk out of the books of all tiers; the caller tells the disk tier."""

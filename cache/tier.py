@@ -91,6 +91,10 @@ class Tier(Protocol):
     def scan(self) -> list[Record]:
         """All records that can be read, parents before children."""
 
+    def take_over(self) -> bool:
+        """Become the one that writes, if this one only reads and the other is gone. If True, what
+        `scan` tells has changed."""
+
     def put(self, record: Record, payload: Sequence[Buffer]) -> bool:
         """Queue a record; False if it is refused now.
 

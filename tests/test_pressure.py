@@ -38,7 +38,7 @@ def made_agents(num_agents=24, num_turns=6):
 
 def test_tiers_by_worth_compute_less_than_lru_and_that_less_than_no_tier(pressure):
     agents = made_agents()
-    configs = pressure.three_configs(agents, pressure.KV_TOKEN_BYTES, block_tokens=256)
+    configs = pressure.three_configs(agents, pressure.KV_TOKEN_BYTES, block_tokens=64)
     runs = {
         name: pressure.run_virtual(agents, config, pressure.Costs())
         for name, config in configs.items()

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentrt.cache.keys import FORMAT_VERSION
 from agentrt.cache.record import (
     MAX_HEADER_BYTES,
     claimed_header_bytes,
@@ -70,7 +71,7 @@ def test_any_other_length_is_refused():
 
 def test_another_version_is_no_header(monkeypatch):
     raw = make_header(make_record(), FINGERPRINT, 7).raw
-    monkeypatch.setattr("agentrt.cache.record.FORMAT_VERSION", 2)
+    monkeypatch.setattr("agentrt.cache.record.FORMAT_VERSION", FORMAT_VERSION + 1)
     assert decode_header(raw) is None
     assert decode_header(raw, trusted=True) is None
     assert claimed_header_bytes(raw) is None

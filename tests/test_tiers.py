@@ -37,6 +37,7 @@ async def settled(engine):
     """Wait until all transfers have ended and the disk has what it will take."""
     loop = engine._open.loop
     mover = loop.scheduler.mover
+    await asyncio.wrap_future(loop.call(lambda: None))  # what was told before has been heard
     await until(lambda: not mover.num_in_flight)
     await asyncio.wrap_future(loop.call(mover.tiers.flush))
 
@@ -148,6 +149,29 @@ async def test_erasing_leaves_no_byte_in_any_tier(tmp_path, tokenizer, template)
         assert engine.stats().lower.num_chunks == 0
 
 
+async def test_who_only_read_the_folder_writes_it_once_the_other_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("agentrt.cache.lower.TAKE_OVER_APART_S", 0.0)
+    old, new = prompt(1, 90), prompt(2, 90)
+    settings = {"cache_dir": tmp_path, "disk_kv_bytes": DISK_BYTES}
+    writer, reader = FakeEngine(**settings), FakeEngine(**settings)
+    async with writer, reader:
+        assert reader.stats().lower.disk.read_only
+        await writer.generate(old, SIX)
+        await settled(writer)
+        await reader.generate(new, SIX)
+        assert reader.stats().lower.disk.written == 0
+        await writer.aclose()
+        fast_loads(reader)
+        found = await reader.generate(old, SIX)  # what was written since it opened, too
+        assert cached(found)["disk"] > 80
+        await settled(reader)
+        assert not reader.stats().lower.disk.read_only
+        await reader.check()
+    async with FakeEngine(**settings) as engine:
+        fast_loads(engine)
+        assert cached(await engine.generate(new, SIX))["disk"] > 80
+
+
 async def test_a_folder_that_cannot_be_used_is_said_and_done_without(tmp_path, caplog):
     (tmp_path / "kv").write_text("no folder")
     async with FakeEngine(cache_dir=tmp_path, disk_kv_bytes=DISK_BYTES) as engine:
@@ -251,8 +275,8 @@ def test_kv_of_other_kernels_or_machines_is_another(tmp_path, monkeypatch):
     texts.append(arithmetic_of(CpuOps("int8"), cpu))
     monkeypatch.setattr(torch, "__version__", "9.9")
     texts.append(arithmetic_of(CpuOps("int8"), cpu))
-    for build in ("native-1", "native-2"):
-        texts.append(arithmetic_of(NativeOps(Native(None, build), True), cpu))
+    builds = [NativeOps(Native(None, build), True) for build in ("native-1", "native-2")]
+    texts += [arithmetic_of(ops, cpu) for ops in builds]
     assert len(set(texts)) == 5
 
 
