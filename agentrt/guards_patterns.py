@@ -1,14 +1,25 @@
-"""A guard that redacts what patterns match: secrets and e-mail addresses."""
+"""A guard that redacts what patterns match: secrets, private keys and e-mail addresses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Protocol
 
 from attrs import Attribute, field, frozen
 
 from agentrt.errors import RequestInvalid
 from agentrt.guards import GuardView, Pass, Redact, Span, Verdict
+
+
+class Finder(Protocol):
+    """Says what is redacted of a text that may go on."""
+
+    def find(self, text: str, at: int) -> Span | None:
+        """The first place at or after `at`, and what stands there instead."""
+
+    def keep_from(self, text: str, start: int) -> int:
+        """The first place at or after `start` where a match may begin that more text decides."""
 
 
 def _check_longest(_: object, __: Attribute[int], value: int) -> None:
@@ -30,6 +41,11 @@ class Pattern:
     longest_characters: int = field(validator=_check_longest)
     has_spaces: bool = False
 
+    def find(self, text: str, at: int) -> Span | None:
+        """The first match at or after `at`."""
+        match = self.regex.search(text, at)
+        return None if match is None else Span(match.start(), match.end(), f"[{self.name}]")
+
     def keep_from(self, text: str, start: int) -> int:
         """The first place at or after `start` where a match may begin that more text decides."""
         first = len(text) - self.longest_characters
@@ -41,7 +57,60 @@ class Pattern:
         return max(start, first)
 
 
-def _as_patterns(patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+_BEGIN = "-----BEGIN "
+_LONGEST_LABEL = 48  # "OPENSSH ", "RSA ", "ENCRYPTED " and the like, then "PRIVATE KEY"
+_LABEL = rf"[A-Z0-9 ]{{0,{_LONGEST_LABEL - 17}}}PRIVATE KEY(?: BLOCK)?"
+_END = f"-----END {_LABEL}-----"
+_KEY_BLOCK = re.compile(
+    rf"{_BEGIN}{_LABEL}-----"
+    # base64 in lines, which a JSON text writes as \n; lines such as "Proc-Type: 4,ENCRYPTED"
+    rf"(?:(?!{_END})(?:(?:\n|\\n)[A-Z][A-Za-z-]{{2,30}}: [^\n\\]*|[A-Za-z0-9+/=:,\s\\-]))*"
+    rf"(?:{_END})?"
+)
+
+
+@frozen(kw_only=True)
+class PrivateKeys:
+    """Finds private keys in the form of PEM (RFC 7468) or PGP, however long.
+
+    A key begins with its line BEGIN and ends behind its line END. What is inside goes as it comes:
+    nothing is held back but what may be the line BEGIN, 64 characters at most. Where no END comes,
+    it ends before the first character that no key has, so that a key cut off is redacted too, and
+    with it the plain words that follow.
+    """
+
+    name: str = "private key"
+
+    def find(self, text: str, at: int) -> Span | None:
+        """The first key at or after `at`, or what is left there of one that began before."""
+        begin = 0
+        while (match := _KEY_BLOCK.search(text, begin)) is not None:
+            begin = match.end()
+            if match.start() >= at:
+                return Span(match.start(), begin, f"[{self.name}]")
+            if begin > at:
+                return Span(at, begin, "")
+        return None
+
+    def keep_from(self, text: str, start: int) -> int:
+        """Where the text's end may be the beginning of a line BEGIN."""
+        first = max(start, len(text) - len(_BEGIN) - _LONGEST_LABEL - len("-----"))
+        at = text.find("-", first)
+        while at >= 0:
+            if _may_become_begin(text[at:]):
+                return at
+            at = text.find("-", at + 1)
+        return len(text)
+
+
+def _may_become_begin(tail: str) -> bool:
+    if len(tail) <= len(_BEGIN):
+        return _BEGIN.startswith(tail)
+    label = tail[len(_BEGIN) :].rstrip("-")
+    return tail.startswith(_BEGIN) and re.fullmatch("[A-Z0-9 ]*", label) is not None
+
+
+def _as_patterns(patterns: Iterable[Finder]) -> tuple[Finder, ...]:
     return tuple(patterns)
 
 
@@ -53,7 +122,7 @@ class PatternGuard:
     changed by later text: the guard's output does not depend on how the text is cut.
     """
 
-    patterns: tuple[Pattern, ...] = field(converter=_as_patterns)
+    patterns: tuple[Finder, ...] = field(converter=_as_patterns)
 
     async def __call__(self, view: GuardView) -> Verdict:
         """The verdict on the window."""
@@ -63,21 +132,20 @@ class PatternGuard:
             keep_from = min(each.keep_from(text, view.start) for each in self.patterns)
         spans, at = [], view.start
         while (found := self._next(text, at)) is not None:
-            name, start, end = found
-            if start >= keep_from:
+            if found.start >= keep_from:
                 break
-            spans.append(Span(start, end, f"[{name}]"))
-            at, keep_from = end, max(keep_from, end)
+            spans.append(found)
+            at, keep_from = found.end, max(keep_from, found.end)
         keep_characters = len(text) - keep_from
         return Redact(spans, keep_characters) if spans else Pass(keep_characters)
 
-    def _next(self, text: str, at: int) -> tuple[str, int, int] | None:
-        """The name and place of the first match at or after `at`."""
+    def _next(self, text: str, at: int) -> Span | None:
+        """The first match at or after `at`."""
         found = None
         for each in self.patterns:
-            match = each.regex.search(text, at)
-            if match is not None and (found is None or match.start() < found[1]):
-                found = (each.name, match.start(), match.end())
+            span = each.find(text, at)
+            if span is not None and (found is None or span.start < found.start):
+                found = span
         return found
 
 
@@ -90,7 +158,8 @@ EMAIL = Pattern(
     ),
     longest_characters=64 + 1 + 4 * 64 + 24,
 )
-SECRETS = (
+SECRETS: tuple[Finder, ...] = (
+    PrivateKeys(),
     Pattern(
         name="key",
         # the prefixes that OpenAI, Anthropic, Stripe, Hugging Face, GitHub, GitLab and Slack use
@@ -119,8 +188,9 @@ def redact_emails() -> PatternGuard:
 
 
 def redact_secrets() -> PatternGuard:
-    """A guard that writes `[key]` or `[token]` for keys of well-known services and JSON web tokens.
+    """A guard that writes `[key]` or `[token]` for keys of well-known services and JSON web tokens,
+    and `[private key]` for private keys as PEM or PGP have them.
 
-    It knows them by their prefix: a password without one passes.
+    It knows them by their beginning: a password without one passes.
     """
     return PatternGuard(patterns=SECRETS)

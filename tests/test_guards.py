@@ -25,7 +25,15 @@ from agentrt import (
 from agentrt.errors import GuardStopped, RequestInvalid
 from agentrt.guards import GuardedText, GuardView, Pass, Redact, Replace, Span, Stop, guarded
 from agentrt.guards_classifier import ClassifierGuard
-from agentrt.guards_patterns import EMAIL, SECRETS, Pattern, redact_emails, redact_secrets
+from agentrt.guards_patterns import (
+    EMAIL,
+    SECRETS,
+    Pattern,
+    PatternGuard,
+    PrivateKeys,
+    redact_emails,
+    redact_secrets,
+)
 from agentrt.template import ChatTemplate
 
 PLENTY = GenerateOptions(max_tokens=400)
@@ -34,7 +42,8 @@ cuts = st.lists(st.integers(1, 7), min_size=1, max_size=8)
 words = st.lists(
     st.sampled_from(
         ["a", "@", ".", "x@y.com", "ann.lee@mail.example.org", "sk-", KEY, "AKIA" + "A1" * 8, " ",
-         "\n", f"eyJ{'a' * 9}.{'b' * 9}.{'c' * 9}", "-", "_", "é", "b" * 30, "hf_"]
+         "\n", f"eyJ{'a' * 9}.{'b' * 9}.{'c' * 9}", "-", "_", "é", "b" * 30, "hf_",
+         "-----BEGIN ", "RSA PRIVATE KEY", "-----", "-----END ", "Ab+/" * 16]
     ),
     max_size=12,
 ).map("".join)  # fmt: skip
@@ -70,15 +79,13 @@ def test_a_pattern_guard_does_what_it_would_do_to_the_whole_text(text, sizes) ->
     assert "".join(shown) == whole == passing.shown
     assert passing.is_changed == (whole != text)
     for pattern in (EMAIL, *SECRETS):
-        assert pattern.regex.search(whole) is None or "[" in whole
+        assert pattern.find(whole, 0) is None or "[" in whole
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab1 ", max_size=40), cuts, st.booleans())
 def test_any_bounded_pattern_is_found_in_any_cut(text, sizes, has_spaces) -> None:
     regex = re.compile(r"a[ab ]{0,4}1" if has_spaces else r"(?<!b)a[ab]{0,4}1(?!1)")
-    from agentrt.guards_patterns import PatternGuard
-
     pattern = Pattern(name="x", regex=regex, longest_characters=6, has_spaces=has_spaces)
     guard = PatternGuard(patterns=[pattern])
     shown, _ = passed([guard], pieces_of(text, sizes))
@@ -108,6 +115,61 @@ def test_a_word_that_never_ends_is_held_back_up_to_the_longest_match() -> None:
 )
 def test_what_is_redacted(text: str, expected: str) -> None:
     assert "".join(passed([redact_emails(), redact_secrets()], [text])[0]) == expected
+
+
+def pem(label: str = "RSA PRIVATE KEY", *, num_lines: int = 26, newline: str = "\n") -> str:
+    lines = [
+        f"-----BEGIN {label}-----",
+        *["Ab+/" * 16] * num_lines,
+        "Zg==",
+        f"-----END {label}-----",
+    ]
+    return newline.join(lines)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pem(),
+        pem("PRIVATE KEY", newline="\r\n"),
+        pem("OPENSSH PRIVATE KEY", num_lines=400),
+        pem("EC PRIVATE KEY", newline="\\n"),
+        pem("ENCRYPTED PRIVATE KEY", num_lines=0),
+        pem().replace(
+            "-----\n", "-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,0A9F\n\n", 1
+        ),
+        pem("PGP PRIVATE KEY BLOCK").replace(
+            "-----\n", "-----\nVersion: GnuPG v2.0 (Linux)\n\n", 1
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 17, 100_000])
+def test_private_keys_are_redacted_however_long(block: str, size: int) -> None:
+    text = f"It is\n{block}\nKeep it -- safe."
+    shown, passing = passed([redact_secrets()], pieces_of(text, [size]))
+    assert "".join(shown) == "It is\n[private key]\nKeep it -- safe."
+    assert passing.stopped is None
+
+
+def test_a_private_key_without_an_end_goes_up_to_what_no_key_has() -> None:
+    cut = pem().split("-----END")[0]
+    for size in (1, 5, 10_000):
+        shown, _ = passed([redact_secrets()], pieces_of(f"Key: {cut}", [size]))
+        assert "".join(shown) == "Key: [private key]"
+        shown, _ = passed([redact_secrets()], pieces_of(f"Key: {cut} (cut) off", [size]))
+        assert "".join(shown) == "Key: [private key](cut) off"
+
+
+def test_what_only_looks_like_a_private_key_is_shown_and_little_is_held_back() -> None:
+    public = pem("PUBLIC KEY", num_lines=2)
+    text = f"A rule -----\n{public}\n----- and -----BEGIN of text, -----BEGIN PRIVATE parts."
+    for size in (1, 4, 10_000):
+        shown, _ = passed([redact_secrets()], pieces_of(text, [size]))
+        assert "".join(shown) == text
+    shown, _ = passed([PatternGuard(patterns=[PrivateKeys()])], ["one - two ", "--", "-- three"])
+    assert shown == ["one - two ", "", "---- three", ""]
+    shown, _ = passed([PatternGuard(patterns=[PrivateKeys()])], ["-----BEGIN" + " A" * 500])
+    assert len(shown[0]) > 1000
 
 
 def test_a_pattern_needs_a_bound() -> None:
