@@ -75,13 +75,12 @@ class EventStream:
 
     async def __anext__(self) -> bytes:
         while not self._has_ended:
-            events = await self._next_events()
-            if events:
-                return b"".join(map(self.form.encode, events)) + self._rest()
+            told = b"".join(map(self.form.encode, await self._next_events()))
+            if self._has_ended:
+                told += self.form.last_bytes
+            if told:
+                return told
         raise StopAsyncIteration
-
-    def _rest(self) -> bytes:
-        return self.form.last_bytes if self._has_ended else b""
 
     async def _next_events(self) -> list[dict[str, Any]]:
         try:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
-from attrs import define
+from attrs import define, frozen
 
-from agentrt.adapters.openai.fields import MOST_DEPTH, wrong_type, wrong_value
+from agentrt.adapters.openai.fields import MOST_DEPTH, wrong_type
 from agentrt.adapters.openai.refusal import Refusal
 
 MOST_PARTS = 20_000  # objects and lists of one schema, once its references are written out
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _LISTS = (*_SCHEMA_LISTS, "enum", "required", "examples")
+_DATA = ("enum", "const", "default", "examples")  # what they hold is no schema
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 _DEFINITIONS = ("$defs", "definitions")
+Kind = Literal["schema", "names", "data"]
 
 
 def checked(schema: Any, path: str) -> dict[str, Any]:
@@ -24,13 +26,13 @@ def checked(schema: Any, path: str) -> dict[str, Any]:
     checked when it is compiled."""
     if not isinstance(schema, dict):
         raise wrong_type(path, "an object", schema)
-    for depth, where, part in _parts(schema, path):
-        if depth > MOST_DEPTH:
+    for part in _parts(schema, path):
+        if part.depth > MOST_DEPTH:
             raise Refusal(
                 f"{path} is nested more than {MOST_DEPTH} deep", path, "invalid_json_schema"
             )
-        if isinstance(part, dict):
-            _check_keywords(part, where)
+        if part.kind == "schema" and isinstance(part.value, dict):
+            _check_keywords(part.value, part.path)
     return schema
 
 
@@ -43,17 +45,42 @@ def standalone(schema: Any, path: str) -> dict[str, Any]:
     return _Inliner(checked(schema, path), path).inlined()
 
 
-def _parts(schema: Any, path: str) -> Iterator[tuple[int, str, Any]]:
-    """All objects and lists in it, with their depth. Not recursive: it may be nested too deep."""
-    waiting: list[tuple[int, str, Any]] = [(0, path, schema)]
+@frozen
+class _Part:
+    """An object or list of a schema. In a map of names to schemas, a keyword is only a name."""
+
+    value: Any
+    path: str
+    depth: int
+    kind: Kind
+
+
+def _kind(parent: Kind, key: Any) -> Kind:
+    """What stands behind this key or index of a part."""
+    if parent != "schema":
+        return "schema" if parent == "names" else parent
+    if key in _DATA:
+        return "data"
+    return "names" if key in _SCHEMA_MAPS else "schema"
+
+
+def _parts(schema: Any, path: str) -> Iterator[_Part]:
+    """All objects and lists in it. Not recursive: it may be nested too deep."""
+    waiting = [_Part(schema, path, 0, "schema")]
     for _ in range(MOST_PARTS):
         if not waiting:
             return
-        depth, where, part = waiting.pop()
-        yield depth, where, part
-        inner = part.items() if isinstance(part, dict) else enumerate(part)
+        part = waiting.pop()
+        yield part
+        is_object = isinstance(part.value, dict)
+        inner = part.value.items() if is_object else enumerate(part.value)
         waiting += [
-            (depth + 1, f"{where}.{key}", value)
+            _Part(
+                value,
+                f"{part.path}.{key}",
+                part.depth + 1,
+                _kind(part.kind, key) if is_object else part.kind,
+            )
             for key, value in inner
             if isinstance(value, dict | list)
         ]
@@ -61,16 +88,16 @@ def _parts(schema: Any, path: str) -> Iterator[tuple[int, str, Any]]:
 
 
 def _check_keywords(part: dict[str, Any], path: str) -> None:
-    """An object may also be a map of names, where a keyword is only a name: then its value is a
-    schema, and an object."""
     for names, is_right, wanted in _RULES:
         for name in names:
-            value = part.get(name)
-            if name in part and not isinstance(value, dict) and not is_right(value):
-                raise wrong_type(f"{path}.{name}", wanted, value)
-    kinds = part.get("type")
-    if isinstance(kinds, list) and not (kinds and all(isinstance(kind, str) for kind in kinds)):
-        raise wrong_value(f"{path}.type", "a list of names of types", str(kinds))
+            if name in part and not is_right(part[name]):
+                raise wrong_type(f"{path}.{name}", wanted, part[name])
+
+
+def _is_kind(value: Any) -> bool:
+    """One name of a type, or a list of some."""
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) for name in names)
 
 
 def _is_count(value: Any) -> bool:
@@ -82,10 +109,10 @@ def _is_bound(value: Any) -> bool:
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (_SCHEMA_MAPS, lambda value: False, "an object"),
+    (_SCHEMA_MAPS, lambda value: isinstance(value, dict), "an object"),
     (_LISTS, lambda value: isinstance(value, list), "an array"),
-    (("type",), lambda value: isinstance(value, str | list), "a string or an array"),
-    (("items", "additionalProperties"), lambda value: isinstance(value, bool), "a schema"),
+    (("type",), _is_kind, "a name of a type or some"),
+    (("items", "additionalProperties"), lambda value: isinstance(value, bool | dict), "a schema"),
     (_COUNTS, _is_count, "a count below 2^31"),
     (_BOUNDS, _is_bound, "a number below 1e300"),
     (("$ref",), lambda value: isinstance(value, str), "a string"),
@@ -101,27 +128,30 @@ class _Inliner:
     num_parts: int = 0
 
     def inlined(self) -> dict[str, Any]:
-        made = self._inline(self.root, ())
+        made = self._inline(self.root, (), "schema")
         assert isinstance(made, dict)
-        return {key: value for key, value in made.items() if key not in _DEFINITIONS}
+        return made
 
-    def _inline(self, part: Any, parents: tuple[str, ...]) -> Any:
-        if not isinstance(part, dict | list):
+    def _inline(self, part: Any, parents: tuple[str, ...], kind: Kind) -> Any:
+        if not isinstance(part, dict | list) or kind == "data":
             return part
         self.num_parts += 1
         if self.num_parts > MOST_PARTS:
             raise self._refused("is too large once its references are written out")
         if isinstance(part, list):
-            return [self._inline(item, parents) for item in part]
-        name = part.get("$ref")
-        if not isinstance(name, str):
-            return {key: self._inline(value, parents) for key, value in part.items()
-                    if key not in _DEFINITIONS or not isinstance(value, dict)}  # fmt: skip
+            return [self._inline(item, parents, kind) for item in part]
+        made = {
+            key: self._inline(value, parents, _kind(kind, key))
+            for key, value in part.items()
+            if kind != "schema" or key not in ("$ref", *_DEFINITIONS)
+        }
+        if kind != "schema" or "$ref" not in part:
+            return made
+        name = part["$ref"]
         if name in parents or len(parents) >= MOST_DEPTH:
             raise self._refused(f"refers to itself by {name!r}, which a tool's schema cannot")
-        beside = {key: value for key, value in part.items() if key != "$ref"}
-        found = self._inline(self._target(name), (*parents, name))
-        return {**found, **self._inline(beside, parents)} if isinstance(found, dict) else found
+        found = self._inline(self._target(name), (*parents, name), "schema")
+        return {**found, **made} if isinstance(found, dict) else found
 
     def _target(self, name: str) -> Any:
         target: Any = self.root
