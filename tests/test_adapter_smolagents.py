@@ -1,0 +1,107 @@
+"""smolagents' own ToolCallingAgent above an engine."""
+
+import pytest
+from fakes import FakeEngine, Script
+
+from agentrt.adapters.blocking import blocking_engine
+from agentrt.errors import RequestInvalid
+from agentrt.grammar import choice
+
+smolagents = pytest.importorskip("smolagents")
+from smolagents import ChatMessage, MessageRole, Tool, ToolCallingAgent  # noqa: E402
+
+from agentrt.adapters.smolagents import AgentrtModel  # noqa: E402
+
+
+class FindFlight(Tool):
+    name = "find_flight"
+    description = "Find a flight to a city."
+    inputs = {"city": {"type": "string", "description": "where to", "enum": ["Rome", "Oslo"]}}  # noqa: RUF012
+    output_type = "string"
+
+    def forward(self, city: str) -> str:
+        return f"AB12 to {city}"
+
+
+class CountSeats(Tool):
+    name = "count_seats"
+    description = "Count the free seats of a flight."
+    inputs = {"number": {"type": "string", "description": "of the flight"}}  # noqa: RUF012
+    output_type = "integer"
+
+    def forward(self, number: str) -> int:
+        return 3
+
+
+def call_text(name, arguments):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def scripted(tokenizer, template, texts):
+    engine = FakeEngine(
+        num_blocks=20000, context=60000, tokenizer=tokenizer, template=template, checked=False,
+        step_tokens=4096,
+    )  # fmt: skip
+    engine.runner.script = Script(tokenizer, texts)
+    return blocking_engine(engine)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_agent_calls_two_tools_and_answers(tokenizer, template, streams):
+    texts = [
+        call_text("find_flight", '{"city": "Rome"}'),
+        call_text("count_seats", '{"number": "AB12"}'),
+        call_text("final_answer", '{"answer": "3 seats on AB12"}'),
+    ]
+    with scripted(tokenizer, template, texts) as bridge:
+        agent = ToolCallingAgent(
+            tools=[FindFlight(), CountSeats()],
+            model=AgentrtModel(bridge, max_tokens=400),
+            stream_outputs=streams,
+            verbosity_level=0,
+        )
+        done = agent.run("Fly me to Rome.", return_full_result=True)
+        stats = bridge.engine.stats()
+    assert done.output == "3 seats on AB12"
+    assert done.token_usage.input_tokens == stats.prompt_tokens
+    assert done.token_usage.output_tokens == stats.output_tokens
+    assert stats.cached_tokens > 0.6 * stats.prompt_tokens  # the later steps begin as the first
+    called = [call.name for step in agent.memory.steps[1:] for call in step.tool_calls]
+    assert called == ["find_flight", "count_seats", "final_answer"]
+
+
+def test_what_the_wire_cannot_say(tokenizer, template):
+    ask = [ChatMessage(MessageRole.USER, [{"type": "text", "text": "Is it so?"}])]
+    with scripted(tokenizer, template, ["yes", '{"a": 1}']) as bridge:
+        model = AgentrtModel(bridge, session="s1")
+        message = model.generate(ask, grammar=choice(["yes", "no"]))
+        assert message.content == "yes"
+        assert message.raw.usage.cached_tokens["device"] == 0
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        assert model.generate(ask, response_format=form, max_tokens=40).content == '{"a": 1}'
+        assert model.engine is bridge.engine
+        with pytest.raises(RequestInvalid, match="unknown settings: colour"):
+            model.generate(ask, colour="red")
+
+
+def test_with_the_real_model():
+    """SmolLM2 can do no more than one right call; the grammar gives it the form of each."""
+    with blocking_engine() as bridge:
+        agent = ToolCallingAgent(
+            tools=[FindFlight()],
+            model=AgentrtModel(bridge, max_tokens=80, parallel_tool_calls=False),
+            max_steps=3,
+            verbosity_level=0,
+        )
+        agent.run("Find a flight to Rome.")
+        calls = [
+            call for step in agent.memory.steps for call in getattr(step, "tool_calls", None) or ()
+        ]
+        stats = bridge.engine.stats()
+    assert len(calls) >= 1
+    assert {call.name for call in calls} <= {"find_flight", "final_answer"}
+    for call in calls:
+        if call.name == "find_flight":
+            assert call.arguments["city"] in ("Rome", "Oslo")
+    assert stats.cached_tokens > 0
