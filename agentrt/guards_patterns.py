@@ -64,7 +64,8 @@ _END = f"-----END {_LABEL}-----"
 _KEY_BLOCK = re.compile(
     rf"{_BEGIN}{_LABEL}-----"
     # base64 in lines, which a JSON text writes as \n; lines such as "Proc-Type: 4,ENCRYPTED"
-    rf"(?:(?!{_END})(?:(?:\n|\\n)[A-Z][A-Za-z-]{{2,30}}: [^\n\\]*|[A-Za-z0-9+/=:,\s\\-]))*"
+    r"(?:[A-Za-z0-9+/=:, ]+|(?:\n|\\n)[A-Z][A-Za-z-]{2,30}: [^\n\\]*|[\s\\]"
+    rf"|(?!{_END})-)*"
     rf"(?:{_END})?"
 )
 

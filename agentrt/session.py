@@ -250,11 +250,12 @@ class Session:
         self._engine.mark(self._log.ids, SessionState.RUNNING)
         self._busy, complete = True, False
         try:
-            shown, stopped = await guarded(text, turn.rules.input_guards, "user")
-            if stopped is not None:
-                yield _refused(stopped)
-                return
-            self.messages.append(Message(role="user", content=shown))
+            if turn.rules.input_guards:
+                text, stopped = await guarded(text, turn.rules.input_guards, "user")
+                if stopped is not None:
+                    yield _refused(stopped)
+                    return
+            self.messages.append(Message(role="user", content=text))
             async with aclosing(turn.run()) as events:
                 async for event in events:
                     if isinstance(event, TurnFinished):

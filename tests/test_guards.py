@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +135,7 @@ def pem(label: str = "RSA PRIVATE KEY", *, num_lines: int = 26, newline: str = "
     [
         pem(),
         pem("PRIVATE KEY", newline="\r\n"),
-        pem("OPENSSH PRIVATE KEY", num_lines=400),
+        pem("OPENSSH PRIVATE KEY", num_lines=100),
         pem("EC PRIVATE KEY", newline="\\n"),
         pem("ENCRYPTED PRIVATE KEY", num_lines=0),
         pem().replace(
@@ -286,6 +289,53 @@ async def stop_at_bad(view: GuardView) -> Any:
     if "bad" in view.window:
         return Stop("bad word")
     return Pass(2)
+
+
+class Counted:
+    """What a piece of code costs: functions of guards that it enters, and tasks that it makes."""
+
+    FILES = ("guards.py", "guards_patterns.py", "guards_classifier.py", "screen.py")
+
+    def __enter__(self) -> Counted:
+        self.entered: Counter[str] = Counter()
+        self.num_tasks = 0
+        loop = asyncio.get_running_loop()
+        self._factory = loop.get_task_factory()
+        loop.set_task_factory(self._task)
+        sys.setprofile(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        asyncio.get_running_loop().set_task_factory(self._factory)
+
+    def _enter(self, frame: Any, event: str, _: object) -> None:
+        name = Path(frame.f_code.co_filename).name
+        if event == "call" and name in self.FILES:
+            self.entered[f"{name}: {frame.f_code.co_name}"] += 1
+
+    def _task(self, loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        self.num_tasks += 1
+        if self._factory is not None:
+            return self._factory(loop, coroutine, **options)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+
+async def test_without_guards_there_is_no_call_and_no_task_for_them(tokenizer, template) -> None:
+    texts = ["words " * 20] * 5
+    async with scripted(tokenizer, template, texts) as engine:
+        session = engine.session(options=PLENTY)
+        with Counted() as counted:
+            await engine.generate("hi", PLENTY)
+            [event async for event in engine.stream("hi", PLENTY)]
+            await session.run("hi")
+        assert counted.entered == {}
+        assert counted.num_tasks == 0
+        engine.output_guards = (stop_at_bad,)
+        guarded_session = engine.session(options=PLENTY)
+        with Counted() as counted:
+            await guarded_session.run("hi")
+        assert counted.entered["screen.py: push"] > 1  # so it does count
 
 
 async def test_an_engines_guards_see_prompts_and_outputs(tokenizer, template) -> None:
