@@ -59,15 +59,16 @@ class EngineConfig:
     `weights="auto"` never drops precision that the file has. `device_kv_bytes` is the KV pool;
     `block_tokens` its unit. `host_kv_bytes` and `disk_kv_bytes` are the tiers below it; 0 switches
     one off. `disk_kv_dtype="int8"` keeps half as many bytes on disk of bfloat16 KV, and a quarter
-    of float32; what comes back is then not quite what was computed. By default a CPU has no host tier, as its pool is host memory already.
-    `eviction="lru"` is there to be compared with. `step_tokens` bounds the work of one step: decode
-    rows first, then prefill chunks. `deterministic` makes float products independent of the batch
-    too (int8 ones are anyway). `tool_format` is how the model writes tool calls: "auto" is what its
-    chat template shows, and a template without tools gets the form of Hermes.
-    `long_prefill="triton"` keeps cuDNN out of prefill after long contexts on CUDA, where "auto"
-    lets it attend to them. `random_weights` runs a folder that holds config.json alone, for
-    benchmarks. `speculation` lets a step check guesses of the next tokens, which saves steps and
-    changes no output. `max_waiting` bounds the queue (Overloaded beyond it).
+    of float32; what comes back is then not quite what was computed. By default a CPU has no host
+    tier, as its pool is host memory already. `eviction="lru"` is there to be compared with.
+    `step_tokens` bounds the work of one step: decode rows first, then prefill chunks.
+    `deterministic` makes float products independent of the batch too (int8 ones are anyway).
+    `tool_format` is how the model writes tool calls: "auto" is what its chat template shows, and a
+    template without tools gets the form of Hermes. `long_prefill="triton"` keeps cuDNN out of
+    prefill after long contexts on CUDA, where "auto" lets it attend to them. `random_weights` runs
+    a folder that holds config.json alone, for benchmarks. `speculation` lets a step check guesses
+    of the next tokens, which saves steps and changes no output. `max_waiting` bounds the queue
+    (Overloaded beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """
