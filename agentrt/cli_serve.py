@@ -78,10 +78,12 @@ def _token(file: Path | None) -> str | None:
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """The socket, taken before the model is loaded: a port in use is told at once."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port}: give one below {1 << 16}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as exc:
+    except OSError as exc:
         raise ConfigError(f"--host {host} --port {port}: {exc}") from exc
     with listener:
         yield listener

@@ -19,6 +19,8 @@ from agentrt.adapters.openai.refusal import FAILED, OVERLOADED, Refusal
 
 MOST_BODY_BYTES = 8 << 20
 MOST_REQUESTS = 256
+MOST_BODY_S = 60.0  # from the headers to the end of the body
+DROPPED_BODIES = 8  # as many times the longest body is read before the connection is closed
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _logger = logging.getLogger(__name__)
@@ -92,17 +94,23 @@ class Application:
             )
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body. What is too long is not read to its end."""
+        """The whole body, in time. What is too long is read on for a while, and dropped: a client
+        that still sends when the connection closes would never see why."""
         parts, num_bytes = [], 0
-        async for part in request.stream():
-            parts.append(part)
-            num_bytes += len(part)
-            if num_bytes > self.most_body_bytes:
-                raise Refusal(
-                    f"the body has more than {self.most_body_bytes} bytes",
-                    code="request_too_large",
-                    status=413,
-                )
+        with anyio.move_on_after(MOST_BODY_S) as limit:
+            async for part in request.stream():
+                num_bytes += len(part)
+                if num_bytes <= self.most_body_bytes:
+                    parts.append(part)
+                elif num_bytes > DROPPED_BODIES * self.most_body_bytes:
+                    break
+                else:
+                    parts.clear()
+        if num_bytes > self.most_body_bytes:
+            limit_bytes = f"the body has more than {self.most_body_bytes} bytes"
+            raise Refusal(limit_bytes, code="request_too_large", status=413)
+        if limit.cancelled_caught:
+            raise Refusal(f"no body within {MOST_BODY_S} s", code="timeout", status=408)
         return b"".join(parts)
 
 
@@ -116,6 +124,8 @@ async def _send(answer: Answer, send: Send) -> None:
     headers = dict(answer.headers)
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if answer.status in (408, 413):  # the rest of the body is not wanted
+        headers["connection"] = "close"
     if isinstance(answer.body, bytes):
         headers["content-length"] = str(len(answer.body))
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
