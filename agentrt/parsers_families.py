@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -197,18 +198,25 @@ FORMATS: Mapping[str, CallFormat] = MappingProxyType(
     {each.name: each for each in (HERMES, LLAMA_JSON, LLAMA_PYTHONIC, MISTRAL, MISTRAL_NAMED)}
 )
 
-# What tells a template's family, the first that it holds.
+# What tells a template's family, the first that it holds. Some have call tags of a family around a
+# form of their own: their tools are told in the system message, in our default form.
 _MARKS = (
+    ("<function=", None),
+    ("<arg_key>", None),
     (ARGUMENTS_TAG, MISTRAL_NAMED),
     (MISTRAL_TAG, MISTRAL),
     (OPEN_TAG, HERMES),
     ("<|python_start|>", LLAMA_PYTHONIC),
     ("[func_name", LLAMA_PYTHONIC),
     (PYTHON_TAG, LLAMA_JSON),
-    ('"parameters": ', LLAMA_JSON),
 )
+# Llama's words: {"name": function name, "parameters": dictionary of argument name and its value}
+_LLAMA_JSON_SHOWN = re.compile(r'\{"name": [^{}"]*"parameters"')
 
 
 def format_of(template_source: str) -> CallFormat | None:
     """The format that a chat template shows calls in; None where it knows of none."""
-    return next((form for mark, form in _MARKS if mark in template_source), None)
+    for mark, form in _MARKS:
+        if mark in template_source:
+            return form
+    return LLAMA_JSON if _LLAMA_JSON_SHOWN.search(template_source) else None

@@ -274,6 +274,11 @@ def test_reasoning_that_never_ends_and_none_at_all() -> None:
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", "mistral-named"),
         ("<|python_tag|> ... {{ '\"parameters\": ' }}", "llama-json"),
         ("<|python_start|> [func_name1(x=1)]", "llama-pythonic"),
+        ('Answer like {"name": its name, "parameters": what it takes}', "llama-json"),
+        ('{"tool_name": ..., "parameters": {}}, {"name": "x", "parameters": {}}', None),
+        ("<tool_call>\\n<function=name><parameter=x>", None),
+        ("<|python_tag|> <function=name>{}</function>", None),
+        ("<tool_call>name<arg_key>x</arg_key>", None),
         ("{{ message.content }}", None),
     ],
 )
