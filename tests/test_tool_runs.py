@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Coroutine, Generator, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -26,7 +28,7 @@ from agentrt.config import TOOL_FORMATS
 from agentrt.errors import ConfigError, OutputInvalid, RequestInvalid
 from agentrt.guards import Pass
 from agentrt.parsers_families import FORMATS
-from agentrt.request import Request
+from agentrt.session import Session
 from agentrt.template import ChatTemplate
 from agentrt.tool_prefill import LEAST_TOKENS
 from agentrt.tool_runs import Approval, ToolRuns
@@ -45,14 +47,8 @@ def scripted(tokenizer, template, texts, **config):
         num_blocks=3000, context=8000, tokenizer=tokenizer, template=template, checked=False,
         **{"step_tokens": 512, **config},
     )  # fmt: skip
-    script = Script(tokenizer, texts)
-    engine.runner.script = lambda request, *at: 0 if is_prefill(request) else script(request, *at)
+    engine.runner.script = Script(tokenizer, texts)
     return engine
-
-
-def is_prefill(request: Request) -> bool:
-    """Whether it only computes a prompt: its one token is nobody's."""
-    return request.options.max_tokens == 1
 
 
 @tool
@@ -399,37 +395,52 @@ async def test_cancelling_while_a_tool_speaks_leaks_nothing(tokenizer, template)
         assert asyncio.all_tasks() == others
 
 
-@pytest.mark.parametrize("num_waits", [*range(12), 15, 20, 30, 45, 70, 100])
-async def test_cancelling_anywhere_leaks_nothing(tokenizer, template, num_waits) -> None:
-    """A turn with all there is: guards, approval, tools that stream, that wait and that hurry."""
-
-    @tool
-    async def report() -> Any:
-        """Reports."""
-        for n in range(4):
-            yield f"line {n} of a long report\n"
-            await asyncio.sleep(0.001)
-
-    @tool(idempotent=False)
-    def block() -> str:
-        """Runs in a thread."""
-        time.sleep(0.002)
-        return "done"
-
-    async def approve(_: ToolCall) -> bool:
+@tool
+async def slow_report() -> Any:
+    """Reports."""
+    for n in range(4):
+        yield f"line {n} of a long report\n"
         await asyncio.sleep(0.001)
-        return True
 
-    async def look(_: Any) -> Pass:
-        await asyncio.sleep(0)
-        return Pass(3)
 
-    calls = "\n".join(map(call_text, ("report", "block", "report")))
-    async with scripted(tokenizer, template, [f"So: {calls}", "ok", "again"]) as engine:
+@tool(idempotent=False)
+def block() -> str:
+    """Runs in a thread."""
+    time.sleep(0.002)
+    return "done"
+
+
+async def approve_later(_: ToolCall) -> bool:
+    await asyncio.sleep(0.001)
+    return True
+
+
+async def look_later(_: Any) -> Pass:
+    await asyncio.sleep(0)
+    return Pass(3)
+
+
+def with_all_there_is(engine: FakeEngine) -> Session:
+    """A session with guards, approval, tools that stream, that wait and that hurry."""
+    calls = "\n".join(map(call_text, ("slow_report", "block", "slow_report")))
+    engine.runner.script = Script(engine.tokenizer, [f"So: {calls}", "ok", "again"])
+    return engine.session(
+        tools=[slow_report, block], options=PLENTY, approve=approve_later,
+        output_guards=[look_later],
+    )  # fmt: skip
+
+
+async def nothing_is_left(engine: FakeEngine, others: set[Any]) -> None:
+    assert await engine.leased_blocks() == 0
+    assert asyncio.all_tasks() == others
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("num_waits", [*range(0, 12, 3), 15, 20, 30, 45, 70, 100])
+async def test_cancelling_anywhere_leaks_nothing(tokenizer, template, num_waits) -> None:
+    async with scripted(tokenizer, template, []) as engine:
         others = asyncio.all_tasks()
-        session = engine.session(
-            tools=[report, block], options=PLENTY, approve=approve, output_guards=[look]
-        )
+        session = with_all_there_is(engine)
         task = asyncio.create_task(session.run("go"))
         for _ in range(num_waits):
             await asyncio.sleep(0.0005)
@@ -441,9 +452,60 @@ async def test_cancelling_anywhere_leaks_nothing(tokenizer, template, num_waits)
             assert session.token_ids == ()
         else:  # it was over
             assert reply.text == "ok"
-        assert await engine.leased_blocks() == 0
-        assert asyncio.all_tasks() == others
-        assert engine.stats().running == engine.stats().waiting == 0
+        await nothing_is_left(engine, others)
+
+
+@types.coroutine
+def cancelled_at(work: Coroutine[Any, Any, Any], num_awaits: int) -> Generator[Any, Any, Any]:
+    """Awaits `work`, and cancels the running task when it comes to this of its suspensions."""
+    resume, value, count = work.send, None, 0
+    while True:
+        try:
+            future = resume(value)
+        except StopIteration as stop:
+            return stop.value
+        if count == num_awaits:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        count += 1
+        try:
+            resume, value = work.send, (yield future)
+        except BaseException as exc:
+            resume, value = work.throw, exc
+
+
+async def test_cancelling_at_every_await_leaks_nothing(tokenizer, template) -> None:
+    async with scripted(tokenizer, template, []) as engine:
+        others = asyncio.all_tasks()
+        for num_awaits in itertools.count():
+            session = with_all_there_is(engine)
+            work = cancelled_at(session.run("go"), num_awaits)
+            try:
+                reply = await asyncio.create_task(waited_for(work))
+            except asyncio.CancelledError:
+                assert session.messages == []
+                assert session.token_ids == ()
+            else:
+                assert reply.text == "ok"
+                break
+            finally:
+                await nothing_is_left(engine, others)
+        assert num_awaits > 15
+        for num_awaits in itertools.count():
+            engine.runner.script = Script(engine.tokenizer, ["words"])
+            work = cancelled_at(engine.prefill(range(200)), num_awaits)
+            try:
+                await asyncio.create_task(waited_for(work))
+            except asyncio.CancelledError:
+                await nothing_is_left(engine, others)
+            else:
+                break
+        assert num_awaits > 0
+
+
+async def waited_for(work: Any) -> Any:
+    return await work
 
 
 # ---- output and families in a session
