@@ -1,10 +1,13 @@
 """The JSON-schema test suite: what llguidance supports of it, and whether outputs fit.
 
     pip download --no-deps --no-binary :all: jsonschema==4.23.0    # its source holds the suite
-    python benchmarks/schema_suite.py jsonschema-4.23.0.tar.gz [--walks 5]
+    python benchmarks/schema_suite.py jsonschema-4.23.0.tar.gz [--walks 5] [--draft 2020-12]
 
-For each schema of draft 2020-12 that compiles, random walks through the token masks write outputs,
-as a model of pure chance would; each must validate with `jsonschema`. No model runs.
+For each schema that compiles, random walks through the token masks write outputs, as a model of
+pure chance would; each must validate with `jsonschema`. Of the suite's own instances, those that
+are invalid must be refused, in the layout of `json.dumps`; how many of the valid ones are taken is
+counted too (an order of keys other than the schema's is not, and bounds are ours where the schema
+has none). No model runs.
 """
 
 import argparse
@@ -26,22 +29,28 @@ from agentrt.registry import locate
 from agentrt.structured import output_form
 from agentrt.tokenizer import Tokenizer, load_tokenizer
 
-FOLDER = "/json/tests/draft2020-12/"
 MOST_TOKENS = 400
-CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
+VALIDATORS = {
+    "2020-12": jsonschema.Draft202012Validator,
+    "2019-09": jsonschema.Draft201909Validator,
+    "7": jsonschema.Draft7Validator,
+    "6": jsonschema.Draft6Validator,
+    "4": jsonschema.Draft4Validator,
+}
 
 
-def schemas(archive: Path) -> Iterator[tuple[str, Any]]:
-    """Each schema of the suite, by the file and the case that it is of."""
+def schemas(archive: Path, draft: str) -> Iterator[tuple[str, Any, list[dict[str, Any]]]]:
+    """Each schema of a draft, by the file and the case that it is of; and instances."""
+    folder = f"/json/tests/draft{draft}/"
     with tarfile.open(archive) as files:
         for member in sorted(files.getmembers(), key=lambda member: member.name):
-            if FOLDER not in member.name or not member.name.endswith(".json"):
+            if folder not in member.name or not member.name.endswith(".json"):
                 continue
             opened = files.extractfile(member)
             assert opened is not None
             for group in json.loads(opened.read()):
-                name = f"{member.name.split(FOLDER)[1]}: {group['description']}"
-                yield name, group["schema"]
+                name = f"{member.name.split(folder)[1]}: {group['description']}"
+                yield name, group["schema"], group["tests"]
 
 
 def walk(
@@ -63,22 +72,26 @@ def walk(
     return tokenizer.decode(tokens)
 
 
-def check(schema: dict[str, Any], text: str) -> str | None:
+def takes(constraint: Constraint, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the grammar takes the whole text, and may end there."""
+    return all(map(constraint.accept, tokenizer.encode(text))) and constraint.may_end
+
+
+def check(validator: Any, text: str) -> str | None:
     """What is wrong with an output. Raises re.error where Python cannot read the schema's regex."""
     try:
-        value = json.loads(text)
-        jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(value)
+        validator.validate(json.loads(text))
     except (ValueError, jsonschema.ValidationError) as exc:
         return str(exc).splitlines()[0]
     return None
 
 
-def outcome(schema: dict[str, Any], text: str | None, name: str) -> str:
+def outcome(validator: Any, text: str | None, name: str) -> str:
     """Which count an output belongs to."""
     if text is None:
         return "too long"
     try:
-        wrong = check(schema, text)
+        wrong = check(validator, text)
     except re.error:
         return "not checked, by Python's re"
     if wrong is None:
@@ -87,10 +100,20 @@ def outcome(schema: dict[str, Any], text: str | None, name: str) -> str:
     return "wrong"
 
 
+def judged(taken: bool, instance: dict[str, Any], name: str) -> str:
+    """Which count an instance of the suite belongs to."""
+    if instance["valid"]:
+        return "valid instances taken" if taken else "valid instances not taken"
+    if taken:
+        print(f"TAKEN {name}: {instance['description']}: {instance['data']!r}", flush=True)
+    return "invalid instances taken" if taken else "invalid instances refused"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archive", type=Path, help="jsonschema-*.tar.gz")
     parser.add_argument("--walks", type=int, default=5, help="outputs of each schema")
+    parser.add_argument("--draft", choices=VALIDATORS, default="2020-12")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokenizer = load_tokenizer(locate("smollm2-135m", default_cache_dir()))
@@ -98,10 +121,11 @@ def main() -> None:
     ends = np.array(
         [*tokenizer.eos_token_ids, *(tokenizer.encode(mark)[0] for mark in ['"', "}", "]", "1"])]
     )
+    validator_class = VALIDATORS[options.draft]
     chance = np.random.default_rng(options.seed)
     count: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
-    for name, schema in schemas(options.archive):
+    for name, schema, instances in schemas(options.archive, options.draft):
         if not isinstance(schema, dict):
             continue
         count["schemas"] += 1
@@ -112,11 +136,16 @@ def main() -> None:
             refused[str(exc).split("compiled: ")[-1].splitlines()[0][:60]] += 1
             continue
         count["supported"] += 1
+        validator = validator_class(schema, format_checker=validator_class.FORMAT_CHECKER)
         for _ in range(options.walks):
             text = walk(compiler.compile(grammar), tokenizer, ends, chance)
-            count[outcome(schema, text, name)] += 1
-    print(", ".join(f"{name} {number}" for name, number in count.items()))
-    for reason, number in refused.most_common(12):
+            count[outcome(validator, text, name)] += 1
+        for instance in instances:
+            text = json.dumps(instance["data"], ensure_ascii=False)
+            taken = takes(compiler.compile(grammar), tokenizer, text)
+            count[judged(taken, instance, name)] += 1
+    print(f"draft {options.draft}: {', '.join(f'{name} {num}' for name, num in count.items())}")
+    for reason, number in refused.most_common():
         print(f"  refused {number:3}  {reason}")
 
 
