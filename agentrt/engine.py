@@ -135,7 +135,7 @@ class Engine:
         streams: list[TokenStream] = []
         try:
             for one in samples(options):
-                stream = await self._submit(ids, one)
+                stream = await self.submit(ids, one)
                 streams.append(stream)
             done = [await stream.collect() for stream in streams]
         finally:
@@ -184,7 +184,7 @@ class Engine:
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
         ids = await self._open.chat.prompt_ids(prompt)
-        stream = await self._submit(ids, options, is_rewritten=is_rewritten)
+        stream = await self.submit(ids, options, is_rewritten=is_rewritten)
         with closing(stream):
             async for event in stream:
                 yield event
@@ -192,7 +192,7 @@ class Engine:
     async def prefill(self, token_ids: Sequence[int]) -> None:
         """Compute a prompt's KV ahead of the request that will have it. Raises as `generate`."""
         ids = await self._open.chat.prompt_ids(token_ids)
-        stream = await self._submit(ids, None)
+        stream = await self.submit(ids, None)
         with closing(stream):
             await stream.collect()
 
@@ -294,10 +294,8 @@ class Engine:
         loop.tell(lambda: loop.scheduler.pauses.mark(ids, state, loop.clock()))
 
     def openai(self, **settings: Any) -> AsyncOpenAI:
-        """A ready `openai.AsyncOpenAI` that this engine answers: no port, no second process.
-
-        `settings` are the client's own. Raises MissingExtra without the extra `openai`.
-        """
+        """A ready `openai.AsyncOpenAI` that this engine answers, without a port. `settings` are the
+        client's own. Raises MissingExtra without the extra `openai`."""
         adapter = import_module("agentrt.adapters.openai")  # above us: loaded only when asked for
         client: AsyncOpenAI = adapter.client(self, **settings)
         return client
@@ -347,9 +345,10 @@ class Engine:
 
     # ---- submission
 
-    async def _submit(
+    async def submit(
         self, ids: NDArray[np.int32], options: GenerateOptions | None, *, is_rewritten: bool = False
     ) -> TokenStream:
+        """`raw_stream` of checked ids, which has raised what it raises by now. Close the stream."""
         parts, num_unwanted = self._open, int(options is None)  # without: the prompt's KV alone
         options = options or GenerateOptions(max_tokens=1)
         check_options(options, parts.spec.vocab_size)

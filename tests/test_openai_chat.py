@@ -414,18 +414,16 @@ async def all_of(stream):
     return [chunk async for chunk in stream]
 
 
-@pytest.mark.parametrize("streams", [False, True])
-async def test_cancelling_the_call_frees_the_request(tokenizer, template, streams):
+async def test_cancelling_the_call_frees_its_requests(tokenizer, template):
     async with scripted(tokenizer, template, ["word " * 100]) as engine:
         engine.gate.close()
-        asking = asyncio.create_task(ask(engine.openai(), stream=streams, n=2))
+        asking = asyncio.create_task(ask(engine.openai(), n=2))
         await until(lambda: engine._open.loop.num_queued == 2)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
         engine.gate.open()
-        await until(lambda: engine.stats().running == 0)
-        assert engine.stats().cancelled == 2
+        await until(lambda: engine.stats().cancelled == 2)
         assert await engine.leased_blocks() == 0
 
 

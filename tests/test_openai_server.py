@@ -225,9 +225,11 @@ def test_a_port_for_others_needs_a_token(tmp_path, capsys):
 
 @pytest.mark.timeout(300)
 def test_serve_answers_on_a_port_and_ends_on_sigterm(tmp_path):
-    models, token = default_cache_dir() / "models", tmp_path / "token"
-    models.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "models").symlink_to(models)
+    for name in ("models", "kernels"):  # fetched and compiled once; the disk tier is empty
+        folder = default_cache_dir() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(folder)
+    token = tmp_path / "token"
     token.write_text(TOKEN)
     process = subprocess.Popen(
         [sys.executable, "-m", "agentrt", "serve", "--port", "0", "--token-file", str(token)],

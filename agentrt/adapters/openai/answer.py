@@ -66,7 +66,6 @@ class EventStream:
     asking: Asking
     asked: Asked
     form: Form
-    _first: Batch | None
     _has_begun: bool = field(default=False, init=False)
     _has_ended: bool = field(default=False, init=False)
 
@@ -83,16 +82,15 @@ class EventStream:
         raise StopAsyncIteration
 
     async def _next_events(self) -> list[dict[str, Any]]:
+        if not self._has_begun:
+            self._has_begun = True
+            return self.form.begin()
         try:
-            batch, self._first = self._first, None
-            if batch is None:
-                batch = await anext(self.asked.choices, None)
+            batch = await anext(self.asked.choices, None)
             if batch is None:
                 self._has_ended = True
                 return self.form.end()
-            begun = [] if self._has_begun else self.form.begin()
-            self._has_begun = True
-            return [*begun, *await taken(self.asking, self.asked, self.form, batch)]
+            return await taken(self.asking, self.asked, self.form, batch)
         except AgentrtError as exc:
             self._has_ended = True
             return self.form.failed(refusal_of(exc))
@@ -113,20 +111,17 @@ async def taken(asking: Asking, asked: Asked, form: Form, batch: Batch) -> list[
 
 
 async def answered(asking: Asking, asked: Asked, form: Form, *, streams: bool) -> Answer:
-    """The answer, once its first batch came: what cannot be served raises before that."""
+    """The answer to a request that was submitted: at once where it streams, so that all is ready
+    when its first token comes, else when it is whole."""
+    if streams:
+        headers = {"content-type": EVENTS, "cache-control": "no-cache"}
+        return Answer(headers=headers, body=EventStream(asking, asked, form))
     try:
-        first = await anext(asked.choices)
-        if streams:
-            headers = {"content-type": EVENTS, "cache-control": "no-cache"}
-            return Answer(headers=headers, body=EventStream(asking, asked, form, first))
         form.begin()
-        await taken(asking, asked, form, first)
         async for batch in asked.choices:
             await taken(asking, asked, form, batch)
-    except BaseException:
+    finally:
         await asked.choices.aclose()
-        raise
-    await asked.choices.aclose()
     form.end()
     return json_answer(form.whole())
 

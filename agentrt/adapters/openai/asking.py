@@ -62,9 +62,10 @@ class Asking:
         else:
             await anyio.to_thread.run_sync(log.update, rendered)
         options = wanted.fitted(self.chat, rendered, self._room_tokens(len(log.ids)))
+        ids = await self.chat.prompt_ids(log.ids)
         plans = [
             Plan(
-                ids=tuple(log.ids),
+                ids=ids,
                 options=one,
                 parser=self.chat.parser(rendered, wanted.callable_tools, wanted.num_calls),
                 screen=Screen(self.engine.output_guards) if self.engine.output_guards else None,
@@ -72,7 +73,7 @@ class Asking:
             )
             for one in samples(options)
         ]
-        return Asked(conversation, log, Choices(self.engine, plans).start())
+        return Asked(conversation, log, await Choices(self.engine, plans).start())
 
     async def keep(
         self, asked: Asked, completion: Completion, tool_names: Sequence[str] = ()

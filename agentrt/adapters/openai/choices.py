@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -24,7 +23,11 @@ from agentrt.types import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from agentrt.engine import Engine
+    from agentrt.stream import TokenStream
 
 MOST_WAITING = 64  # batches that a slow reader lets pile up before the engine's deltas are merged
 
@@ -47,7 +50,7 @@ class Batch:
 class Plan:
     """One choice to generate."""
 
-    ids: tuple[int, ...]
+    ids: NDArray[np.int32]
     options: GenerateOptions
     parser: TurnParser
     screen: Screen | None
@@ -69,11 +72,22 @@ class Choices:
     def _empty(self) -> asyncio.Queue[Batch | Exception | None]:
         return asyncio.Queue(MOST_WAITING)
 
-    def start(self) -> Self:
-        """Submit what is to be generated. Never waits."""
-        self._num_running = len(self.plans)
+    async def start(self) -> Self:
+        """Submit what is to be generated. Raises what `Engine.stream` raises."""
+        streams: list[TokenStream] = []
+        try:
+            for plan in self.plans:
+                made = await self.engine.submit(
+                    plan.ids, plan.options, is_rewritten=plan.is_rewritten
+                )
+                streams.append(made)
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        self._num_running = len(streams)
         self._tasks = [
-            asyncio.create_task(self._run(index, plan)) for index, plan in enumerate(self.plans)
+            asyncio.create_task(self._run(index, stream)) for index, stream in enumerate(streams)
         ]
         return self
 
@@ -103,20 +117,17 @@ class Choices:
             self._batches.get_nowait()
         self._batches.put_nowait(None)
 
-    async def _run(self, index: int, plan: Plan) -> None:
+    async def _run(self, index: int, stream: TokenStream) -> None:
         try:
-            await self._generate(index, plan)
-        except Exception as exc:  # whoever reads the batches gets it
-            await self._batches.put(exc)
-
-    async def _generate(self, index: int, plan: Plan) -> None:
-        stream = self.engine.raw_stream(plan.ids, plan.options, is_rewritten=plan.is_rewritten)
-        async with aclosing(stream) as events:
-            async for event in events:
-                batch = await _batch(index, plan, event)
+            async for event in stream:
+                batch = await _batch(index, self.plans[index], event)
                 await self._batches.put(batch)
                 if batch.stopped is not None:
                     return
+        except Exception as exc:  # whoever reads the batches gets it
+            await self._batches.put(exc)
+        finally:
+            stream.close()
 
 
 async def _batch(index: int, plan: Plan, event: StreamEvent) -> Batch:
