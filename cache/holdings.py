@@ -71,7 +71,7 @@ class Holdings:
         if above is not None:
             above.num_children -= 1
             inherit(above, holding)
-            self._queues[tier].offer(above)
+            self.offer(chunk.parent)  # the other tier's copy has the same session now
         self._index.prune(chunk)
 
     def let_go_below(self, chunk: Chunk) -> None:
