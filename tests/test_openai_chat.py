@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from itertools import pairwise
+import re
+import runpy
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -14,13 +16,15 @@ from openai_wire import CHAT_TOOLS, MODEL, call_text, scripted, user
 from pydantic import BaseModel
 from tokenizers import decoders, models, pre_tokenizers
 
-from agentrt import Engine, EngineConfig
 from agentrt.adapters.openai import Api, transport
+from agentrt.config import default_cache_dir
 from agentrt.errors import RequestInvalid
 from agentrt.grammar import MAX_STRING_CHARACTERS
 from agentrt.guards import Pass, Redact, Span, Stop
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import load_tokenizer
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "openai_client.py"
 
 
 async def ask(client, content="Hi", **fields):
@@ -555,48 +559,20 @@ async def test_thoughts_are_no_content(tokenizer):
 
 
 @pytest.mark.timeout(300)
-async def test_a_task_with_a_tool_over_several_turns_with_the_real_model(tmp_path, monkeypatch):
-    """Two questions, each a call and an answer from its result, as any client would drive it."""
-    flights = {
-        "ZX12AB": "from Denver to Miami on May 20",
-        "4BMN53": "from Boston to Rome on June 3",
-    }
-    tool = {
-        "name": "get_reservation",
-        "description": "Look up a reservation by its id.",
-        "parameters": {
-            "type": "object",
-            "properties": {"reservation_id": {"type": "string", "maxLength": 12}},
-            "required": ["reservation_id"],
-            "additionalProperties": False,
-        },
-    }
-    tools = [{"type": "function", "function": tool}]
-    async with Engine("smollm2-135m", EngineConfig(disk_kv_bytes=0)) as engine:
-        client = engine.openai()
-        messages, cached = [], []
-        for name, flight in flights.items():
-            messages.append(user(f"Please look up reservation {name}. When does it fly?"))
-            for choice in ("required", "none"):
-                answer = await client.chat.completions.create(
-                    model="smollm2-135m",
-                    messages=messages,
-                    tools=tools,
-                    tool_choice=choice,
-                    parallel_tool_calls=False,
-                    temperature=0,
-                    max_completion_tokens=64,
-                    prompt_cache_key="customer 7",
-                )
-                cached.append((answer.usage.prompt_tokens_details.cached_tokens, answer.usage))
-                message = answer.choices[0].message
-                messages.append(message.model_dump(exclude_none=True))
-                if choice == "required":
-                    (call,) = message.tool_calls
-                    assert json.loads(call.function.arguments) == {"reservation_id": name}
-                    result = f"Reservation {name} flies {flight}."
-                    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
-            assert flight.rsplit(" on ", 1)[1] in message.content
-        # each request finds all of what was read and written before, but its last token
-        for (_, before), (found, _) in pairwise(cached):
-            assert found == before.total_tokens - 1
+def test_a_task_with_a_tool_over_several_turns(tmp_path, monkeypatch, capsys):
+    """The example: two questions, each a call, its result, and an answer from it."""
+    for name in ("models", "kernels"):
+        folder = default_cache_dir() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(folder)
+    monkeypatch.setenv("AGENTRT_CACHE_DIR", str(tmp_path))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" -> ")[0] for line in lines[::3]] == [
+        "[call] get_reservation(ZX12AB)", "[call] get_reservation(4BMN53)",
+    ]  # fmt: skip
+    assert "May 20" in lines[1]
+    assert "June 3" in lines[4]
+    for line in lines[2::3]:
+        cached, prompt = map(int, re.findall(r"\d+", line))
+        assert 0.8 * prompt < cached < prompt
