@@ -41,7 +41,8 @@ def test_parts_come_back_as_they_were() -> None:
     pool.zero_()
     other = (0, 1, 3, 5)
     for part in saved:
-        copier.load(part, np.array(part.view), other, copier.begin())
+        source = part.view if part.start == 24 else np.array(part.view)  # as from disk
+        copier.load(part, source, other, copier.begin())
     copier.sync()
     for index, (block, source) in enumerate(zip(other, blocks, strict=True)):
         num = min(16, 57 - 16 * index)
