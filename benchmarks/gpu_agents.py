@@ -7,17 +7,13 @@ DIR/bench/replay.py drives it as it drives the peers. `--kv-tokens` caps the dev
 Without `--runs`: all agents, 32 at once, waits x0.2; and the first 8 one by one without waits.
 """
 
-import argparse
 import asyncio
 import json
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_decode import options, settings
+from gpu_decode import options, parser_of, report, settings, shape_of
 
 from agentrt import Engine, EngineConfig
 
@@ -64,30 +60,19 @@ async def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape")
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser = parser_of(__doc__)
     parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--runs", nargs="*", default=RUNS)
     arguments = parser.parse_args()
-    sys.path.insert(0, str(arguments.shared / "bench"))
-    import shapes
-
+    folder, shape = shape_of(arguments)
     given = settings(arguments.settings)
-    shape = shapes.SHAPES[arguments.shape]
     if arguments.kv_tokens:
         per_token = (
             4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
         )
         given["device_kv_bytes"] = arguments.kv_tokens * per_token
-    folder = shapes.write(arguments.shape, tempfile.mkdtemp())
     trace = arguments.shared / "traces" / "tau_airline_tokens.jsonl.gz"
-    result = asyncio.run(measure(folder, trace, given, list(arguments.runs)))
-    result = {"shape": arguments.shape, "device": torch.cuda.get_device_name(), **result}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1))
+    report(arguments, asyncio.run(measure(folder, trace, given, list(arguments.runs))))
 
 
 if __name__ == "__main__":

@@ -131,23 +131,37 @@ async def first_tokens(engine: Engine, rng: random.Random) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """What every benchmark of an engine on a GPU is told."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("shape")
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="settings")
-    arguments = parser.parse_args()
+    return parser
+
+
+def shape_of(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """A folder with the shape's config.json, and what it says. The peers' drivers are importable
+    from now on."""
     sys.path.insert(0, str(arguments.shared / "bench"))
     import shapes
 
-    folder = shapes.write(arguments.shape, tempfile.mkdtemp())
-    given = settings(arguments.settings)
-    result = asyncio.run(measure(folder, shapes.SHAPES[arguments.shape], given))
+    return shapes.write(arguments.shape, tempfile.mkdtemp()), shapes.SHAPES[arguments.shape]
+
+
+def report(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print what was found, and keep it where asked to."""
     result = {"shape": arguments.shape, "device": torch.cuda.get_device_name(), **result}
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    arguments = parser_of(__doc__).parse_args()
+    folder, shape = shape_of(arguments)
+    report(arguments, asyncio.run(measure(folder, shape, settings(arguments.settings))))
 
 
 if __name__ == "__main__":
