@@ -15,6 +15,7 @@ from attrs import define, field, frozen
 from agentrt.errors import RequestInvalid
 from agentrt.observer import Scope, agent
 from agentrt.types import GenerateOptions, ToolCall
+from agentrt.workload_budget import Accesses
 
 if TYPE_CHECKING:
     from agentrt.engine import Engine
@@ -52,12 +53,14 @@ class AgentRow:
 
     id: str
     segments: tuple[Segment, ...]
+    arrival_s: float = 0.0
 
 
 @frozen(kw_only=True)
 class Turn:
-    """What one generation cost."""
+    """What one generation cost. `at_s` is when it was asked for, from the replay's beginning."""
 
+    at_s: float
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
@@ -70,6 +73,7 @@ class Report:
     """What a replay measured; `num_cut` agents had more turns than the context holds."""
 
     turns: list[Turn] = field(factory=list)
+    accesses: Accesses = field(factory=Accesses)
     agent_s: list[float] = field(factory=list)
     num_cut: int = 0
     wall_s: float = 0.0
@@ -139,10 +143,11 @@ async def replay(
     report, gate, begin_s = Report(), asyncio.Semaphore(concurrency), time.perf_counter()
 
     async def run(row: AgentRow) -> None:
+        await asyncio.sleep(max(0.0, row.arrival_s - (time.perf_counter() - begin_s)))
         async with gate:
             agent_begin_s = time.perf_counter()
             with agent(row.id):
-                report.num_cut += not await _run_agent(engine, row, wait_scale, report.turns)
+                report.num_cut += not await _run_agent(engine, row, wait_scale, report, begin_s)
             report.agent_s.append(time.perf_counter() - agent_begin_s)
 
     try:
@@ -155,7 +160,9 @@ async def replay(
     return report
 
 
-async def _run_agent(engine: Engine, row: AgentRow, wait_scale: float, turns: list[Turn]) -> bool:
+async def _run_agent(
+    engine: Engine, row: AgentRow, wait_scale: float, report: Report, begin_s: float
+) -> bool:
     """False if the context was full before the agent's end."""
     resolved, ids = engine.resolved, list[int]()
     limit = min(resolved.max_context_tokens, resolved.pool_tokens - resolved.block_tokens)
@@ -166,10 +173,13 @@ async def _run_agent(engine: Engine, row: AgentRow, wait_scale: float, turns: li
             ids += segment.ids
             continue
         options = GenerateOptions(max_tokens=len(segment.ids), ignore_eos=True)
+        at_s = time.perf_counter() - begin_s
+        report.accesses.note(ids)
         done = await engine.generate(ids, options)
         usage = done.usage
-        turns.append(
+        report.turns.append(
             Turn(
+                at_s=at_s,
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=sum(usage.cached_tokens.values()),
                 output_tokens=usage.output_tokens,

@@ -57,7 +57,7 @@ LAYERS = [
         *("conversation", "engine", "engine_parts", "engine_tiers", "session", "session_store"),
         *("step_thread", "stream", "tool_prefill", "turn"),
     },
-    {"trace_page", "trace_record", "trace_timeline"},
+    {"trace_page", "trace_record", "trace_timeline", "workload_budget"},
     {"adapters"},
     {"__main__"},
 ]
@@ -112,7 +112,7 @@ def part(module):
 
 
 def rank(name):
-    return RANKS.get(name, TOP if name.startswith(("command", "cli")) else None)
+    return RANKS.get(name, TOP if name.startswith(("command", "cli", "workload")) else None)
 
 
 @pytest.mark.parametrize(("name", "path"), SOURCES)
