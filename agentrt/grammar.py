@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,20 @@ MAX_KEY_CHARACTERS = 64
 MAX_ITEMS = 16
 MAX_INTEGER = 10**18  # llguidance handles bounds as float64 and fails just below 2**63
 
+# llguidance's own rules for these formats take 30 February, and leap seconds at any time of a day.
+_MONTH_DAY = (
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_DATE = f"(?:{_YEAR}-{_MONTH_DAY}|{_LEAP_YEAR}-02-29)"
+_TIME = (
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
+    "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+
 # The one way that json.dumps prints; llguidance's default, any white space anywhere, is one more
 # thing to repeat without end.
 _JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -48,7 +62,7 @@ def json_schema(schema: Mapping[str, Any]) -> str:
 
 def json_value(schema: Mapping[str, Any]) -> str:
     """The same, as the right side of a rule of a Lark grammar."""
-    return f"%json {quoted({**JSON_LAYOUT, **schema})}"
+    return f"%json {quoted({**JSON_LAYOUT, **exact_formats(schema)})}"
 
 
 def regex(pattern: str) -> str:
@@ -75,7 +89,7 @@ def bounded(schema: Any) -> Any:
     """The schema with a bound on each text, list, map and integer that has none."""
     if not isinstance(schema, Mapping):
         return schema
-    made = {key: _bounded_keyword(key, value) for key, value in schema.items()}
+    made = {key: _within(key, value, bounded) for key, value in schema.items()}
     if "enum" in made or "const" in made:
         return made
     kinds = made.get("type", ())
@@ -91,12 +105,27 @@ def bounded(schema: Any) -> Any:
     return made
 
 
-def _bounded_keyword(key: str, value: Any) -> Any:
+def exact_formats(schema: Any) -> Any:
+    """The schema with a pattern of ours instead of each format of dates and times."""
+    if not isinstance(schema, Mapping):
+        return schema
+    made = {key: _within(key, value, exact_formats) for key, value in schema.items()}
+    form = made.get("format")
+    if isinstance(form, str) and form in _PATTERNS and "pattern" not in made:
+        del made["format"]
+        made["pattern"] = _PATTERNS[form]
+    return made
+
+
+def _within(key: str, value: Any, change: Callable[[Any], Any]) -> Any:
+    """A keyword's value, with each schema in it changed. What is no schema stays: llguidance says
+    so."""
     if key in ("properties", "patternProperties", "$defs", "definitions"):
-        return {name: bounded(inner) for name, inner in value.items()}
+        is_map = isinstance(value, Mapping)
+        return {name: change(inner) for name, inner in value.items()} if is_map else value
     if key in ("anyOf", "allOf", "oneOf", "prefixItems"):
-        return [bounded(inner) for inner in value]
-    return bounded(value) if key in ("items", "additionalProperties") else value
+        return [change(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return change(value) if key in ("items", "additionalProperties") else value
 
 
 def _bound_integer(schema: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 from typing import Any, Literal
@@ -213,6 +214,30 @@ def test_every_output_matches_its_regex(compiler, tokenizer, pattern, seed) -> N
 @example(["\x7f"], 0)
 def test_every_output_is_one_of_the_choices(compiler, tokenizer, options, seed) -> None:
     assert random_text(compiler, tokenizer, grammar.choice(options), seed) in options
+
+
+def takes(compiler: GrammarCompiler, tokenizer: Any, schema: Any, value: Any) -> bool:
+    constraint = compiler.compile(output_form(schema).grammar)
+    tokens = tokenizer.encode(json.dumps(value))
+    return all(map(constraint.accept, tokens)) and constraint.may_end
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 9999) | st.sampled_from([1900, 2000, 2023, 2024]),
+    st.integers(0, 13) | st.just(2),
+    st.integers(0, 32) | st.sampled_from([28, 29, 30, 31]),
+)
+def test_a_date_is_one_of_the_calendar(compiler, tokenizer, year, month, day) -> None:
+    try:
+        is_date = bool(datetime.date(year, month, day))
+    except ValueError:
+        is_date = False
+    text = f"{year:04}-{month:02}-{day:02}"
+    assert takes(compiler, tokenizer, {"type": "string", "format": "date"}, text) == is_date
+    within = {"type": "array", "items": {"anyOf": [{"type": "string", "format": "date-time"}]}}
+    assert takes(compiler, tokenizer, within, [f"{text}T10:59:00.5+01:00"]) == is_date
+    assert not takes(compiler, tokenizer, within, [f"{text}T10:59:60Z"])
 
 
 def test_a_schema_that_cannot_be_followed_quotes_the_library(compiler) -> None:
