@@ -6,8 +6,10 @@ down behind it, and a request whose last token is still being sampled finds it o
 
 from __future__ import annotations
 
+import gc
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,8 +22,13 @@ from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
 from agentrt.kernels.attention_decode import num_tiles
-from agentrt.kernels.attention_prefill import LARGEST_TILE, plan_tiles
-from agentrt.kernels.attention_prefix import is_worth_it
+from agentrt.kernels.attention_prefill import plan_tiles
+from agentrt.kernels.attention_prefix import (
+    PREFIX_TOKENS,
+    attend_prefix,
+    lengths_to_plan,
+    prefix_tokens,
+)
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.dispatch import Compute
@@ -66,7 +73,7 @@ class CudaRunner:
     graphs: DecodeGraphs
     mixed: MixedGraphs
     uploader: Uploader
-    _tickets: deque[tuple[Tensor, torch.cuda.Event]] = field(init=False)
+    _tickets: deque[tuple[int, torch.cuda.Event]] = field(init=False)  # the first is the next one
 
     @classmethod
     def open(cls, model: LlamaModel, compute: Compute, config: ResolvedConfig) -> CudaRunner:
@@ -90,11 +97,10 @@ class CudaRunner:
         tables = BlockTables(config.max_batch, num_blocks, compute.device)
         inputs = DecodeInputs.allocate(width, compute.device)
         kv = kv_pool(spec, config, compute)
-        tokens = torch.zeros(width, dtype=torch.int32, device=compute.device)
-        graphs = DecodeGraphs(
-            model, ops, kv, scratch, inputs, tables.tables, tables.last_tokens, tokens
-        )
-        inputs.get("slots", width).fill_(tables.idle_slot)
+        graphs = DecodeGraphs(model, ops, kv, scratch, inputs, tables.tables, tables.last_tokens)
+        idle = np.zeros(len(inputs.flat), dtype=np.int32)
+        idle[width : 2 * width] = tables.idle_slot
+        inputs.ring.copy_(torch.from_numpy(idle))
         uploader = Uploader(compute.device)
         mixed = MixedGraphs(
             model,
@@ -103,22 +109,20 @@ class CudaRunner:
             scratch,
             tables.tables,
             tables.last_tokens,
-            tokens,
+            inputs.outbox,
             tables.idle_slot,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), _no_collection():
             graphs.capture(config.max_batch)
             mixed.capture(config.step_tokens)
-        return cls(model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader)
+        runner = cls(model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader)
+        runner._plan_prefixes()
+        return runner
 
     @_tickets.default
-    def _ring(self) -> deque[tuple[Tensor, torch.cuda.Event]]:
-        width = self.inputs.width
+    def _ring(self) -> deque[tuple[int, torch.cuda.Event]]:
         event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-        return deque(
-            (torch.zeros(width, dtype=torch.int32, pin_memory=True), event())
-            for _ in range(NUM_BUFFERS)
-        )
+        return deque((place, event()) for place in range(NUM_BUFFERS))
 
     @property
     def checks_drafts(self) -> bool:
@@ -132,11 +136,26 @@ class CudaRunner:
         return CudaCopier.over(self.kv)
 
     @torch.inference_mode()
+    def _plan_prefixes(self) -> None:
+        """Let cuDNN plan what long prompts need, for the calling thread: the step thread."""
+        rows, block_tokens = self.config.step_tokens, self.config.block_tokens
+        if not self.ops.cudnn or PREFIX_TOKENS % block_tokens:
+            return
+        geometry = self.model.geometry
+        query = self.kv.new_zeros(rows, geometry.num_kv_heads, self._group, geometry.head_dim)
+        most_tokens = min(self.config.max_context_tokens, self.config.num_blocks * block_tokens)
+        for num_tokens in lengths_to_plan(*self._head_shape, rows, most_tokens):
+            table = torch.arange(
+                num_tokens // block_tokens, dtype=torch.int32, device=self.kv.device
+            )
+            attend_prefix(query, self.kv[0], table)
+
+    @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:
         works = sorted(plan.work, key=lambda work: work.num_tokens > 1)
         slots, cells, blocks = self.tables.place(works)
         updates = (np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32))
-        is_decode = all(work.num_tokens == 1 for work in works)
+        is_decode = all(work.num_tokens == 1 and work.samples for work in works)
         if is_decode and len(works) <= self.graphs.max_rows:
             logits = self._decode(works, slots, updates)
         else:
@@ -144,9 +163,7 @@ class CudaRunner:
         return self._ticket(tuple(work for work in works if work.samples), logits)
 
     def collect(self, ticket: CudaTicket) -> list[list[Sampled]]:
-        if not ticket.sampling:
-            return []
-        ticket.done.synchronize()
+        ticket.done.synchronize()  # also without a token: the rings rely on it
         tokens = ticket.tokens[: len(ticket.sampling)].tolist()
         sampled: list[list[Sampled]] = [[(token, None)] for token in tokens]
         if not ticket.runs_ahead:
@@ -156,13 +173,16 @@ class CudaRunner:
         return sampled
 
     def _ticket(self, sampling: tuple[Work, ...], logits: Tensor) -> CudaTicket:
-        tokens, done = self._tickets[0]
+        index, done = self._tickets[0]
         self._tickets.rotate(-1)
-        num = len(sampling)
-        tokens[:num].copy_(self.graphs.tokens[:num], non_blocking=True)
         done.record()
         runs_ahead = all(is_drawn_on_device(work.request) for work in sampling)
-        return CudaTicket(sampling, runs_ahead, tokens, logits, done)
+        return CudaTicket(sampling, runs_ahead, self.inputs.outbox[index], logits, done)
+
+    @property
+    def _outbox_at(self) -> int:
+        """Where this step's tokens come down."""
+        return self._tickets[0][0] * self.inputs.width
 
     def _decode(
         self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]
@@ -180,9 +200,10 @@ class CudaRunner:
         fields[4, :num] = temperatures.view(np.int32)
         dim = self.model.geometry.head_dim
         tiles = [num_tiles(work.start, dim) for work in works]
-        flat[5 * width :] = np.cumsum([0, *tiles, *[0] * (width - num)])
+        flat[5 * width : -1] = np.cumsum([0, *tiles, *[0] * (width - num)])
+        flat[-1] = self._outbox_at
         self._update_tables(updates)
-        self.uploader.upload_to(self.inputs.flat, flat)
+        self.inputs.write(flat)
         graph.replay()
         return graph.logits
 
@@ -195,9 +216,14 @@ class CudaRunner:
         if graph is None:
             return self._without_graph(work, prefix_blocks)
         tiles = plan_tiles(work.chunks, self._group, graph.layout.shape.rows)
-        self.uploader.upload_to(graph.flat, graph.layout.fill(work, tiles, self.tables.idle_slot))
+        flat = graph.layout.fill(work, tiles, self.tables.idle_slot, self._outbox_at)
+        self.uploader.upload_to(graph.flat, flat)
         graph.replay()
         return graph.logits
+
+    @property
+    def _head_shape(self) -> tuple[int, int]:
+        return self.model.geometry.num_heads, self.model.geometry.head_dim
 
     @property
     def _group(self) -> int:
@@ -209,19 +235,18 @@ class CudaRunner:
         if not self.ops.cudnn or len(work.chunks) != 1:
             return None
         _, position, num_rows, slot = work.chunks[0]
-        geometry = self.model.geometry
-        if not is_worth_it(geometry.num_heads, geometry.head_dim, num_rows, position):
+        num_tokens = prefix_tokens(*self._head_shape, num_rows, position, self.config.step_tokens)
+        if not num_tokens or PREFIX_TOKENS % self.config.block_tokens:
             return None
-        tile_blocks = -(-LARGEST_TILE // self.config.block_tokens)  # a tile begins behind them
-        num_blocks = position // self.config.block_tokens // tile_blocks * tile_blocks
-        return self.tables.tables[slot, :num_blocks]
+        return self.tables.tables[slot, : num_tokens // self.config.block_tokens]
 
     def _without_graph(self, work: MixedWork, prefix_blocks: Tensor | None) -> Tensor:
         """Kernel by kernel: what no graph has room for, or cuDNN serves."""
         shape, tiles = self.ops.plan_chunks(work.chunks, self.model.geometry)
         described = np.array(tiles, dtype=np.int32).reshape(-1)
         joined = [np.concatenate(pair) for pair in zip(work.decode, work.prefill, strict=True)]
-        parts = self.uploader.upload([*joined, work.starts, described, *work.outputs])
+        place = np.array([self._outbox_at], dtype=np.int32)
+        parts = self.uploader.upload([*joined, work.starts, described, *work.outputs, place])
         rows = Rows(
             token_ids=parts[0],
             slots=parts[1],
@@ -239,6 +264,7 @@ class CudaRunner:
             self.scratch,
             parts[5],
             prefix_blocks,
+            self.config.step_tokens,
         )
         logits = self.model.run(step)
         if len(parts[5]):
@@ -248,8 +274,9 @@ class CudaRunner:
                 parts[7],
                 parts[6],
                 self.tables.last_tokens,
-                self.graphs.tokens,
+                self.inputs.outbox,
                 self.scratch.sample,
+                place=parts[9],
             )
         return logits
 
@@ -263,6 +290,20 @@ class CudaRunner:
         torch.cuda.synchronize()
         self.kv = torch.empty(0)
         del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out: page-locked memory of an engine before, let go by the thread
+    that captures, ends the capture with an error."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _mixed_work(works: Sequence[Work], slots: list[int], dim: int) -> MixedWork:

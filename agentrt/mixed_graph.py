@@ -65,7 +65,7 @@ class Layout:
         shape, tiles = ops.plan_chunks([(0, 0, num_rows, 0)], geometry)
         num_tiles = len(tiles) + MAX_OUTPUTS  # every further chunk may add a tile
         rows = num_decode + num_rows
-        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[MAX_OUTPUTS] * 4)
+        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[MAX_OUTPUTS] * 4, 1)
         return cls(
             num_decode=num_decode, num_rows=num_rows, shape=shape, num_tiles=num_tiles, sizes=sizes
         )
@@ -75,7 +75,9 @@ class Layout:
         padded = [-(-size // ALIGNED) * ALIGNED for size in self.sizes]
         return [sum(padded[:i]) for i in range(len(padded) + 1)]
 
-    def fill(self, work: MixedWork, tiles: list[Chunk], idle_slot: int) -> Array:
+    def fill(
+        self, work: MixedWork, tiles: list[Chunk], idle_slot: int, outbox_at: int = 0
+    ) -> Array:
         """The flat array of a step; rows of `tiles` and outputs count the idle decode rows."""
         offsets = self.offsets
         flat = np.zeros(offsets[-1], dtype=np.int32)
@@ -87,8 +89,9 @@ class Layout:
         parts[3][:] = work.starts[-1]
         parts[3][: len(work.starts)] = work.starts
         parts[4][: 4 * len(tiles)] = np.array(tiles, dtype=np.int32).reshape(-1)
-        for part, values in zip(parts[5:], work.outputs, strict=True):
+        for part, values in zip(parts[5:9], work.outputs, strict=True):
             part[: len(values)] = values
+        parts[9][0] = outbox_at
         num_decode = len(work.decode[0])
         rows = parts[5][: len(work.outputs[0])]
         rows[rows >= num_decode] += self.num_decode - num_decode
@@ -113,7 +116,7 @@ class MixedGraphs:
     scratch: Scratch
     tables: Tensor
     last_tokens: Tensor
-    tokens: Tensor
+    outbox: Tensor  # where the tokens go, in the host's memory
     idle_slot: int
     _graphs: list[MixedGraph] = field(
         factory=list, init=False
@@ -149,8 +152,19 @@ class MixedGraphs:
             self._graphs.insert(0, MixedGraph(layout, flat, graph.replay, logits))
 
     def compute(self, layout: Layout, flat: Tensor) -> Tensor:
-        """The step itself: logits of the outputs, and their tokens into `tokens`."""
-        token_ids, slots, positions, starts, tiles, outputs, out_slots, seeds, temperatures = (
+        """The step itself: logits of the outputs, and their tokens into `outbox`."""
+        (
+            token_ids,
+            slots,
+            positions,
+            starts,
+            tiles,
+            outputs,
+            out_slots,
+            seeds,
+            temperatures,
+            place,
+        ) = (
             flat[start : start + size]
             for start, size in zip(layout.offsets, layout.sizes, strict=False)
         )
@@ -178,7 +192,8 @@ class MixedGraphs:
             seeds,
             out_slots,
             self.last_tokens,
-            self.tokens,
+            self.outbox,
             self.scratch.sample,
+            place=place,
         )
         return logits

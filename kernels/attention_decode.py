@@ -1,10 +1,10 @@
 """Paged attention of decode rows: head norm, rotary embedding, append, and split softmax in one.
 
-The contexts of all rows and kv heads are laid end to end and cut into tiles of `tile_tokens`; a
-program takes an even share of the tiles, whatever rows they belong to. It turns the queries itself,
-and who has a row's last tile also turns its key and writes key and value to the cache. Where
-programs share a row and kv head, the last of them to arrive adds what each has found, in ascending
-order (Flash-Decoding's merge).
+A row's context is cut into tiles of `tile_tokens`, and those into units of so many consecutive
+tiles that all units of a kv head each are about as many programs as the device runs at once. A
+program takes one unit and kv head. It turns the queries itself, and who has a row's last unit also
+turns its key and writes key and value to the cache. Where programs share a row and kv head, the
+last of them to arrive adds what each has found, in ascending order (Flash-Decoding's merge).
 
 The first tile of a program is in its registers before it waits for the kernel before (see
 `dependent`): at batch 1 and 1,024 tokens it is the only one.
@@ -24,36 +24,49 @@ from agentrt.kernels.gemv import launch_options
 from agentrt.kernels.paged import load_tile
 from agentrt.kernels.rotary import angles_at, load_heads, rotate
 
+FEW_ROWS = 4  # up to so many, what counts is that a program starts early, and not its bandwidth
 MAX_BATCH = 64  # with more rows another kernel is compiled
-FEW_ROWS = 4  # up to so many, half the programs: the next kernel's then find room to start early
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _locate(tile, slots, positions, starts, batch, KV_HEADS: tl.constexpr, BP: tl.constexpr):
-    """Of a tile: its row, that row's first tile and number of tiles for one kv head, its position
-    and slot. Beyond the last tile, those of some row. All that is loaded is loaded at once: a load
-    that waits for another would take half a microsecond more."""
+def _locate(
+    unit,
+    slots,
+    positions,
+    starts,
+    batch,
+    capacity,
+    KV_HEADS: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Of a unit: its row, which of the row's units it is and how many these are (none if there is
+    no such unit), the tiles of a unit, the row's position and slot. All that is loaded is loaded
+    at once: a load that waits for another would take half a microsecond more."""
     index = tl.arange(0, BP)
     there = index < batch
-    firsts = tl.load(starts + index, mask=there, other=2147483647)
-    ends = tl.load(starts + 1 + index, mask=there, other=0)
-    all_positions = tl.load(positions + index, mask=there, other=0)
-    all_slots = tl.load(slots + index, mask=there, other=0)
-    row = tl.maximum(tl.sum((firsts <= tile // KV_HEADS).to(tl.int32), 0) - 1, 0)
-    row = tl.minimum(row, batch - 1)
+    firsts = tl.load(starts + index, mask=there, other=0, cache_modifier=".cg")
+    ends = tl.load(starts + 1 + index, mask=there, other=0, cache_modifier=".cg")
+    all_positions = tl.load(positions + index, mask=there, other=0, cache_modifier=".cg")
+    all_slots = tl.load(slots + index, mask=there, other=0, cache_modifier=".cg")
+    tiles_each = tl.maximum((tl.max(ends, 0) * KV_HEADS + capacity - 1) // capacity, 1)
+    units = (ends - firsts + tiles_each - 1) // tiles_each
+    until = tl.cumsum(units, 0)
+    row = tl.sum((until <= unit).to(tl.int32), 0)
     here = index == row
-    first = tl.sum(tl.where(here, firsts, 0), 0)
-    num_tiles = tl.maximum(tl.sum(tl.where(here, ends, 0), 0) - first, 1)
+    num_units = tl.sum(tl.where(here, units, 0), 0)
+    part = unit - tl.sum(tl.where(here, until - units, 0), 0)
     position = tl.sum(tl.where(here, all_positions, 0), 0)
     slot = tl.sum(tl.where(here, all_slots, 0), 0)
-    return row, first * KV_HEADS, num_tiles, position, slot
+    return row, part, num_units, tiles_each, position, slot
 
 
-@triton.jit
-def decode_attention_stage(
-    program,
-    num_programs,
+# Batches and their offsets within a step's arrays vary: one compiled kernel serves them all.
+@triton.jit(
+    do_not_specialize=["batch", "capacity"],
+    do_not_specialize_on_alignment=["slots", "positions", "starts"],
+)
+def decode_attention_kernel(
     qkv,  # [batch, (heads + 2 * kv_heads) * D]
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
     value_cache,
@@ -66,10 +79,11 @@ def decode_attention_stage(
     sin,
     query_norm,  # [D], if NORM
     key_norm,
-    partial,  # [2 * programs, GP, D] scratch, float32
-    peaks,  # [2 * programs, 2, GP]: the largest score (log2), and the sum of the weights
+    partial,  # [programs, GP, D] scratch, float32
+    peaks,  # [programs, 2, GP]: the largest score (log2), and the sum of the weights
     counters,  # [batch, kv_heads], zero
     batch,
+    capacity,
     eps,
     scale,
     BP: tl.constexpr,
@@ -82,67 +96,85 @@ def decode_attention_stage(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     GP: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     G: tl.constexpr = HEADS // KV_HEADS
     M: tl.constexpr = 16 if GP < 16 else GP
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     start_next(PDL)
+    program = tl.program_id(0)
+    kv_head = program % KV_HEADS
     # All that the host has sent is read before the wait, and the first keys and values are.
-    total = tl.load(starts + batch).to(tl.int64) * KV_HEADS
-    active = tl.minimum(total, num_programs)
-    tile = total.to(tl.int32)
-    stop = tile
-    if program < active:
-        tile = (program * total // active).to(tl.int32)
-        stop = ((program + 1) * total // active).to(tl.int32)
-    row, first, num_tiles, position, slot = _locate(
-        tile, slots, positions, starts, batch, KV_HEADS, BP
+    row, part, num_units, tiles_each, position, slot = _locate(
+        program // KV_HEADS, slots, positions, starts, batch, capacity, KV_HEADS, BP
     )
+    if num_units == 0:  # room for the next kernel; but one program has to wait in any case
+        if program == 0:
+            wait_previous(PDL)
+        return
     cosines, sines = angles_at(cos, sin, position, D)
     table = tables + slot.to(tl.int64) * TABLE
-    kv_head = tl.minimum((tile - first) // num_tiles, KV_HEADS - 1)
-    start = (tile - first) % num_tiles * TILE
-    end = tl.where(tile < stop, position, 0)  # of the cached tokens
+    start = part * tiles_each * TILE
+    end = tl.minimum(start + tiles_each * TILE, position)
     keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True)
     values = load_tile(
         value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
     )
-    if (tile < stop) | (program == 0):  # programs without work leave room for the next kernel
-        wait_previous(PDL)
+    own_block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
+    wait_previous(PDL)
     group = tl.arange(0, M)
     columns = tl.arange(0, D)
     tokens = tl.arange(0, TILE)
     one = tl.arange(0, 1)
-    while tile < stop:
-        # One row and kv head: its tiles from `tile` up to `until`, as many as this program has.
-        head_first = first + kv_head * num_tiles
-        until = tl.minimum(stop, head_first + num_tiles)
-        has_own = until == head_first + num_tiles
-        line = qkv + row.to(tl.int64) * WIDTH
-        # All loads of what the kernel before has made at once: each takes most of a microsecond.
-        query_values, query_turned = load_heads(line + (kv_head * G + group) * D, group < G, D)
-        key_at = line + (HEADS + kv_head) * D + one
-        own_values, own_turned = load_heads(key_at, (one == 0) & has_own, D)
-        own_value = tl.load(
-            key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0
-        )
-        query = rotate(query_values, query_turned, query_norm, cosines, sines, eps, D, NORM).to(
-            qkv.dtype.element_ty
-        )
+    has_own = part == num_units - 1
+    line = qkv + row.to(tl.int64) * WIDTH
+    # All loads of what the kernel before has made at once: each takes most of a microsecond.
+    query_values, query_turned = load_heads(line + (kv_head * G + group) * D, group < G, D)
+    key_at = line + (HEADS + kv_head) * D + one
+    own_values, own_turned = load_heads(key_at, (one == 0) & has_own, D)
+    own_value = tl.load(key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0)
+    query = rotate(query_values, query_turned, query_norm, cosines, sines, eps, D, NORM).to(
+        qkv.dtype.element_ty
+    )
+    largest = tl.full([M], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    if STAGES == 1:
+        for at in tl.range(start, end, TILE, num_stages=1):
+            # The next tile comes into registers while this one is worked on.
+            next_keys = load_tile(
+                key_cache, table, at + TILE, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
+            )
+            next_values = load_tile(
+                value_cache, table, at + TILE, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
+            )
+            largest, weight_sum, acc = attend_tile(
+                query,
+                keys,
+                values,
+                at + tokens < end,
+                largest,
+                weight_sum,
+                acc,
+                scale,
+                M,
+                TILE,
+            )
+            keys, values = next_keys, next_values
+    else:
         largest, weight_sum, acc = attend_tile(
             query,
             keys,
             values,
-            start + tokens < position,
-            tl.full([M], float("-inf"), tl.float32),
-            tl.zeros([M], tl.float32),
-            tl.zeros([M, D], tl.float32),
+            start + tokens < end,
+            largest,
+            weight_sum,
+            acc,
             scale,
             M,
             TILE,
         )
-        end = tl.minimum((until - head_first) * TILE, position)
         for at in tl.range(start + TILE, end, TILE, num_stages=STAGES):
             largest, weight_sum, acc = attend_tile(
                 query,
@@ -156,133 +188,40 @@ def decode_attention_stage(
                 M,
                 TILE,
             )
-        target = out + (row.to(tl.int64) * HEADS + kv_head * G) * D
-        counter = counters + row * KV_HEADS + kv_head
-        own_place = table + position // BLOCK_TOKENS
-        own_cell = kv_head * BLOCK_TOKENS + position % BLOCK_TOKENS
-        is_whole = has_own & (tile == head_first)
-        goes_on = tile != head_first  # from the program before
-        # Who has the first tile and who the last: the inverse of the even shares.
-        from_program = (((head_first + 1) * active - 1) // total).to(tl.int32)
-        to_program = (((head_first + num_tiles) * active - 1) // total).to(tl.int32)
-        if has_own:
-            key = rotate(own_values, own_turned, key_norm, cosines, sines, eps, D, NORM)
-            key = key.to(key_cache.dtype.element_ty)
-            value = own_value.to(value_cache.dtype.element_ty)
-            cell = tl.load(own_place).to(tl.int64) * (KV_HEADS * BLOCK_TOKENS) + own_cell
-            tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
-            tl.store(value_cache + cell * D + columns, value)
-            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * _LOG2_E)
-            peak = tl.maximum(largest, score)
-            shrink = tl.exp2(largest - peak)
-            weight = tl.exp2(score - peak)
-            weight_sum = weight_sum * shrink + weight
-            acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-            largest = peak
-        if is_whole:
-            result = acc / weight_sum[:, None]
-            tl.store(
-                target + group[:, None] * D + columns[None, :],
-                result.to(out.dtype.element_ty),
-                mask=(group < G)[:, None],
-            )
-        else:
-            place = 2 * program + 1 - goes_on.to(tl.int32)
-            store_share(partial, peaks, place, acc, largest, weight_sum, M, D, GP)
-            if arrive(counter, to_program - from_program + 1):
-                merge_shares(target, partial, peaks, from_program, to_program, D, G, GP)
-        tile = until
-        if tile < stop:
-            row, first, num_tiles, position, slot = _locate(
-                tile, slots, positions, starts, batch, KV_HEADS, BP
-            )
-            cosines, sines = angles_at(cos, sin, position, D)
-            table = tables + slot.to(tl.int64) * TABLE
-            kv_head = (tile - first) // num_tiles
-            start = (tile - first) % num_tiles * TILE
-            keys = load_tile(
-                key_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
-            )
-            values = load_tile(
-                value_cache, table, start, position, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
-            )
-
-
-# Batches and their offsets within a step's arrays vary: one compiled kernel serves them all.
-@triton.jit(
-    do_not_specialize=["batch"], do_not_specialize_on_alignment=["slots", "positions", "starts"]
-)
-def decode_attention_kernel(
-    qkv,
-    key_cache,
-    value_cache,
-    out,
-    tables,
-    slots,
-    positions,
-    starts,
-    cos,
-    sin,
-    query_norm,
-    key_norm,
-    partial,
-    peaks,
-    counters,
-    batch,
-    eps,
-    scale,
-    BP: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    TABLE: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    NORM: tl.constexpr,
-    GP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    decode_attention_stage(
-        tl.program_id(0),
-        tl.num_programs(0),
-        qkv,
-        key_cache,
-        value_cache,
-        out,
-        tables,
-        slots,
-        positions,
-        starts,
-        cos,
-        sin,
-        query_norm,
-        key_norm,
-        partial,
-        peaks,
-        counters,
-        batch,
-        eps,
-        scale,
-        BP,
-        HEADS,
-        KV_HEADS,
-        D,
-        BLOCK_TOKENS,
-        TABLE,
-        TILE,
-        STAGES,
-        NORM,
-        GP,
-        PDL,
-    )
+    if has_own:
+        key = rotate(own_values, own_turned, key_norm, cosines, sines, eps, D, NORM)
+        key = key.to(key_cache.dtype.element_ty)
+        value = own_value.to(value_cache.dtype.element_ty)
+        cell = (own_block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+        tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
+        tl.store(value_cache + cell * D + columns, value)
+        score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * _LOG2_E)
+        peak = tl.maximum(largest, score)
+        shrink = tl.exp2(largest - peak)
+        weight = tl.exp2(score - peak)
+        weight_sum = weight_sum * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+        largest = peak
+    target = out + (row.to(tl.int64) * HEADS + kv_head * G) * D
+    if num_units == 1:
+        result = acc / weight_sum[:, None]
+        tl.store(
+            target + group[:, None] * D + columns[None, :],
+            result.to(out.dtype.element_ty),
+            mask=(group < G)[:, None],
+        )
+    else:
+        store_share(partial, peaks, program, acc, largest, weight_sum, M, D, GP)
+        if arrive(counters + row * KV_HEADS + kv_head, num_units):
+            first = program - part * KV_HEADS
+            merge_shares(target, partial, peaks, first, num_units, KV_HEADS, D, G, GP, THREADS)
 
 
 @frozen
 class DecodeWork:
     """Scratch of decode attention, used anew by every layer."""
 
-    num_programs: int  # at most
+    num_programs: int  # at once
     partial: Tensor
     peaks: Tensor
     counters: Tensor  # zero between launches
@@ -297,8 +236,9 @@ class DecodeWork:
         dim: int,
         device: torch.device,
     ) -> DecodeWork:
-        """For launches of `num_programs` programs, and rows up to `max_batch`."""
-        shares = 2 * num_programs * triton.next_power_of_2(num_heads // kv_heads)
+        """For a device that runs `num_programs` programs at once, and rows up to `max_batch`."""
+        group = triton.next_power_of_2(num_heads // kv_heads)
+        shares = (num_programs + max_batch * kv_heads) * group
         return cls(
             num_programs,
             torch.empty(shares * dim, dtype=torch.float32, device=device),
@@ -323,8 +263,18 @@ def tile_tokens(dim: int) -> int:
 
 
 def num_tiles(position: int, dim: int) -> int:
-    """Tiles of a row whose own token stands at `position`."""
-    return position // tile_tokens(dim) + 1
+    """Tiles of a row whose own token stands at `position`: that token is in none of them."""
+    return max(1, -(-position // tile_tokens(dim)))
+
+
+def choose_stages(dim: int, batch: int) -> int:
+    """Tiles in flight: one, in registers, or more, in shared memory.
+
+    A kernel that takes more shared memory than the one before cannot start on a multiprocessor
+    before that has ended there. On an H100 at batch 1 this cost 17 us a step of 16 layers and 220
+    of 32 (dim 64 and 128), more than a deeper pipeline gains; with dim 64 at any batch.
+    """
+    return 3 if dim >= 128 and batch > FEW_ROWS else 1
 
 
 def decode_attention(
@@ -338,7 +288,7 @@ def decode_attention(
     *,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    num_stages: int = 3,
+    num_stages: int | None = None,
     num_warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
@@ -346,8 +296,7 @@ def decode_attention(
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
     group = heads // kv_heads
-    num_programs = work.num_programs // 2 if batch <= FEW_ROWS else work.num_programs
-    decode_attention_kernel[(max(num_programs, 1),)](
+    decode_attention_kernel[(work.num_programs + batch * kv_heads,)](
         qkv,
         kv[0],
         kv[1],
@@ -364,6 +313,7 @@ def decode_attention(
         work.peaks,
         work.counters,
         batch,
+        work.num_programs,
         eps,
         dim**-0.5,
         max(MAX_BATCH, triton.next_power_of_2(batch)),
@@ -373,9 +323,10 @@ def decode_attention(
         block_tokens,
         rows.tables.shape[1],
         tile_tokens(dim),
-        num_stages,
+        num_stages or choose_stages(dim, batch),
         norms is not None,
         triton.next_power_of_2(group),
+        32 * num_warps,
         pdl,
         num_warps=num_warps,
         **launch_options(pdl),

@@ -3,6 +3,9 @@
 On an H100, 2,048 rows after 14,336 tokens took 1.21 ms with the Triton kernel (dim 128, 32 heads)
 and 0.81 with cuDNN, which reads no block tables: so the whole blocks before the chunk are copied
 together first. cuDNN sees the group's query heads as further rows of one head, and no mask.
+
+cuDNN plans each shape anew: 70 to 130 ms of the calling thread, once a thread. So there are few
+shapes: a whole step of rows, whatever the chunk has, and multiples of PREFIX_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from agentrt.kernels.attention_prefill import Prefix
 
 # Of one layer: with less work than this the copies and launches cost more than they save.
 MIN_FLOPS = 1e11
-MIN_ROWS = 512
+PREFIX_TOKENS = 2048
+MOST_PLANNED = 24  # lengths that are planned ahead
 
 
 @triton.jit
@@ -46,22 +50,38 @@ def gather(kv: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-def is_worth_it(num_heads: int, dim: int, num_rows: int, num_tokens: int) -> bool:
-    """Whether a chunk of `num_rows` rows after `num_tokens` tokens should take this way."""
-    return num_rows >= MIN_ROWS and 4.0 * num_heads * dim * num_rows * num_tokens >= MIN_FLOPS
+def prefix_tokens(num_heads: int, dim: int, num_rows: int, position: int, most_rows: int) -> int:
+    """How many tokens before a chunk of `num_rows` rows at `position` should be attended to in
+    this way. A chunk counts as one of `most_rows`, of which it must be half at least."""
+    num_tokens = position // PREFIX_TOKENS * PREFIX_TOKENS
+    is_worth_it = 4.0 * num_heads * dim * num_rows * num_tokens >= MIN_FLOPS
+    return num_tokens if is_worth_it and 2 * num_rows >= most_rows else 0
+
+
+def lengths_to_plan(num_heads: int, dim: int, num_rows: int, max_tokens: int) -> list[int]:
+    """What `prefix_tokens` gives for whole steps of a context of `max_tokens`, shortest first."""
+    lengths = (
+        prefix_tokens(num_heads, dim, num_rows, position, num_rows)
+        for position in range(PREFIX_TOKENS, max_tokens, PREFIX_TOKENS)
+    )
+    return [length for length in lengths if length][:MOST_PLANNED]
 
 
 def attend_prefix(
     query: Tensor,  # [rows, kv_heads, group, dim]
     kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
     table: Tensor,  # the blocks before the chunk, all full
+    most_rows: int = 0,
 ) -> Prefix:
-    """Attention of all rows to all tokens of the blocks."""
+    """Attention of all rows to all tokens of the blocks, computed as that of `most_rows` rows."""
     rows, kv_heads, group, dim = query.shape
     key, value = gather(kv, table)
-    packed = query.transpose(0, 1).reshape(1, kv_heads, rows * group, dim)
-    out, lse = _attend(packed, key[None], value[None])
-    return Prefix(out[0].contiguous(), lse.reshape(kv_heads, -1).contiguous(), key.shape[1])
+    packed = query.new_zeros(kv_heads, max(rows, most_rows), group, dim)
+    packed[:, :rows] = query.transpose(0, 1)
+    out, lse = _attend(packed.view(1, kv_heads, -1, dim), key[None], value[None])
+    num = rows * group
+    found = out[0, :, :num].contiguous(), lse.reshape(kv_heads, -1)[:, :num].contiguous()
+    return Prefix(*found, key.shape[1])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

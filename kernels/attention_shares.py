@@ -60,26 +60,27 @@ def merge_shares(
     out,
     partial,
     peaks,
-    from_program,
-    to_program,
+    first,
+    number,
+    STEP: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """Add the programs' shares of a row, a fixed number at a time, in ascending order."""
-    AT_ONCE: tl.constexpr = 4096 // (GP * D) if GP * D < 4096 else 1
+    """Add a row's shares, at places `first`, `first + STEP`, ..., a fixed number at a time, in
+    ascending order."""
+    AT_ONCE: tl.constexpr = 32 * THREADS // (GP * D) if GP * D < 32 * THREADS else 1
     shares = tl.arange(0, AT_ONCE)
     group = tl.arange(0, GP)
     columns = tl.arange(0, D)
     largest = tl.full([GP], float("-inf"), tl.float32)
     weight_sum = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, D], tl.float32)
-    number = to_program - from_program + 1
-    for start in tl.range(0, number, AT_ONCE, num_stages=3):
+    for start in tl.range(0, number, AT_ONCE, num_stages=1):
         index = start + shares
         there = index < number
-        # The first of them ends with this row, the others begin with it.
-        at = 2 * (from_program + index) + (index == 0).to(tl.int32)
+        at = first + index * STEP
         cells = at[:, None] * (2 * GP) + group[None, :]
         high = tl.load(
             peaks + cells, mask=there[:, None], other=float("-inf"), cache_modifier=".cg"

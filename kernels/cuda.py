@@ -29,6 +29,7 @@ from agentrt.kernels.skinny import MAX_PROGRAMS, MAX_ROWS, TILE_ROWS, SkinnyWork
 Chunk = tuple[int, int, int, int]
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_GROUP = 16  # query heads of one kv head
+MAX_SHARED_TILES = 1024  # of prefill: with more there is no need to share
 
 
 @frozen
@@ -37,6 +38,7 @@ class Scratch:
 
     skinny: SkinnyWork
     decode: DecodeWork
+    prefill: Tensor  # counters
     sample: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
@@ -72,6 +74,7 @@ class Scratch:
         return cls(
             SkinnyWork(partial, counters(MAX_PROGRAMS)),
             decode,
+            counters(MAX_SHARED_TILES * geometry.num_kv_heads),
             (best, counters(chunks), counters(max_batch)),
         )
 
@@ -87,7 +90,9 @@ class Attention:
     tile_shape: PrefillTiles | None
     work: DecodeWork
     pdl: bool
+    counters: Tensor | None = None  # of tiles that programs share, zero
     prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
+    most_rows: int = 0  # of any chunk
 
     def attend(
         self,
@@ -117,9 +122,15 @@ class Attention:
             assert self.tile_shape is not None
             slots, positions = rows.slots[num:], rows.positions[num:]
             append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
-            prefix = self._prefix(qkv[num:], kv, geometry)
             prefill_attention(
-                qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape, prefix
+                qkv[num:],
+                kv,
+                out[num:],
+                rows.tables,
+                self.tiles,
+                self.tile_shape,
+                self._prefix(qkv[num:], kv, geometry),
+                self.counters,
             )
         return out
 
@@ -129,7 +140,7 @@ class Attention:
         heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)[:, : geometry.num_heads]
         shape = (len(qkv), geometry.num_kv_heads, -1, geometry.head_dim)
         grouped = heads.reshape(shape)
-        return attend_prefix(grouped, kv, self.prefix_blocks)
+        return attend_prefix(grouped, kv, self.prefix_blocks, self.most_rows)
 
 
 @frozen
@@ -255,9 +266,10 @@ class CudaOps:
         scratch: Scratch,
         outputs: Tensor,
         prefix_blocks: Tensor | None = None,
+        most_rows: int = 0,
     ) -> CudaStep:
         """A step of decode rows and chunks whose tables are on the device. `prefix_blocks` are
-        the full blocks before the only chunk, if cuDNN is to attend to them."""
+        full blocks before the only chunk, if cuDNN is to attend to them, for `most_rows` rows."""
         attention = Attention(
             rows=rows,
             num_decode=starts.shape[0] - 1,
@@ -266,7 +278,9 @@ class CudaOps:
             tile_shape=shape,
             work=scratch.decode,
             pdl=False,
+            counters=scratch.prefill if tiles.shape[0] <= MAX_SHARED_TILES else None,
             prefix_blocks=prefix_blocks,
+            most_rows=most_rows,
         )
         products = self.products(rows.token_ids.shape[0], geometry.norm_eps, scratch)
         return CudaStep(rows, kv, geometry, products, attention, outputs)

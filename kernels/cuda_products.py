@@ -67,7 +67,7 @@ class GemvProducts:
     pdl: bool
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Unnormed]:
-        hidden = _embedded(rows, table)
+        hidden = _embedded(rows, table, pdl=self.pdl)
         return hidden, Unnormed(hidden, norm)
 
     def linear(self, x: Unnormed, linear: CudaLinear) -> Tensor:
@@ -114,7 +114,7 @@ class SkinnyProducts:
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Normed]:
         following = self._following(rows.token_ids.shape[0], norm, 1)
-        return _embedded(rows, table, (norm, following)), following
+        return _embedded(rows, table, (norm, following), pdl=self.pdl), following
 
     def linear(self, x: Normed, linear: CudaLinear) -> Tensor:
         out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0])
@@ -187,11 +187,17 @@ class DenseProducts:
         return self.linear(x, linear).float()
 
 
-def _embedded(rows: Rows, table: Tensor, following: tuple[Tensor, Normed] | None = None) -> Tensor:
+def _embedded(
+    rows: Rows,
+    table: Tensor,
+    following: tuple[Tensor, Normed] | None = None,
+    *,
+    pdl: bool = False,
+) -> Tensor:
     """The residual stream: in float32, as rounding it twice a layer is most of bf16's error."""
     shape = len(rows.token_ids), table.shape[1]
     hidden = table.new_empty(shape, dtype=torch.float32)
-    return embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden, following)
+    return embed(rows.token_ids, rows.slots, rows.last_tokens, table, hidden, following, pdl=pdl)
 
 
 def _widened(linear: CudaLinear, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,7 @@ def gemv_stage(
     PDL: tl.constexpr,
 ):
     EVEN: tl.constexpr = K % BK == 0
+    start_next(PDL)
     rows = program * R + tl.arange(0, R)
     columns = tl.arange(0, BK)
     inside = tl.minimum(rows, N - 1)  # rows beyond the end repeat the last, and are not stored
@@ -73,8 +74,9 @@ def gemv_stage(
         up_tile = _tile(up_pointers, there, EVEN)
     if NORM:
         scale = _vector(norm + columns, there, EVEN)
-    start_next(PDL)
     wait_previous(PDL)
+    if KIND == _ADD:  # before the sum is there, not after it: half a microsecond of latency
+        result = tl.load(out + inside).to(tl.float32)
     values = _vector(x + columns, there, EVEN)
     if NORM:
         squares = values * values
@@ -94,24 +96,26 @@ def gemv_stage(
         acc += tile.to(tl.float32) * values[None, :]
         if KIND == _GATE_UP:
             up += up_tile.to(tl.float32) * values[None, :]
-    result = tl.sum(acc, 1)
+    total = tl.sum(acc, 1)
     if KIND == _GATE_UP:
-        up_result = tl.sum(up, 1)
+        up_total = tl.sum(up, 1)
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        result *= factor
+        total *= factor
         if KIND == _GATE_UP:
-            up_result *= factor
+            up_total *= factor
     if SCALED:
-        result *= tl.load(scales + inside)
+        total *= tl.load(scales + inside)
         if KIND == _GATE_UP:
-            up_result *= tl.load(scales + N + inside)
+            up_total *= tl.load(scales + N + inside)
     if BIAS:
-        result += tl.load(bias + inside).to(tl.float32)
+        total += tl.load(bias + inside).to(tl.float32)
     if KIND == _GATE_UP:
-        result = result * tl.sigmoid(result) * up_result
-    if KIND == _ADD:
-        result += tl.load(out + inside).to(tl.float32)
+        result = total * tl.sigmoid(total) * up_total
+    elif KIND == _ADD:
+        result += total
+    else:
+        result = total
     tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
     if COPY:
         tl.store(copy + rows, result.to(copy.dtype.element_ty), mask=rows < N)

@@ -6,7 +6,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agentrt.kernels.dependent import start_next, wait_previous
+from agentrt.kernels.gemv import launch_options
 from agentrt.kernels.skinny import MAX_ROWS, Normed
+
+
+@triton.jit
+def fetch_kernel(
+    ring,  # [BUFFERS, SIZE], in the host's memory
+    step,  # [1], how often this was done before
+    out,  # [SIZE]
+    SIZE: tl.constexpr,
+    NP: tl.constexpr,
+    BUFFERS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The first kernel of a decode step: its inputs, from where the host has put them."""
+    start_next(PDL)
+    place = tl.load(step) % BUFFERS
+    index = tl.arange(0, NP)
+    there = index < SIZE
+    values = tl.load(ring + place * SIZE + index, mask=there, other=0, cache_modifier=".cv")
+    tl.store(out + index, values, mask=there)
+
+
+def fetch(ring: Tensor, step: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+    """Copy the buffer of `ring` whose turn it is; `sample_rows` counts `step` up."""
+    buffers, size = ring.shape
+    fetch_kernel[(1,)](
+        ring,
+        step,
+        out,
+        size,
+        triton.next_power_of_2(size),
+        buffers,
+        pdl,
+        num_warps=8,
+    )
 
 
 @triton.jit
@@ -22,8 +58,11 @@ def embed_kernel(
     N: tl.constexpr,
     NP: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The first kernel of a step. It never lets the next one start early (see `dependent`)."""
+    """It never lets the next kernel start early: that may read the step's inputs before it waits
+    (see `dependent`)."""
+    wait_previous(PDL)
     row = tl.program_id(0)
     token = tl.load(token_ids + row).to(tl.int64)
     if token < 0:
@@ -47,6 +86,8 @@ def embed(
     table: Tensor,
     out: Tensor,
     following: tuple[Tensor, Normed] | None = None,
+    *,
+    pdl: bool = False,
 ) -> Tensor:
     """Rows of the embedding; with `following`, also what the first norm's reader needs."""
     rows, width = out.shape
@@ -62,7 +103,9 @@ def embed(
         width,
         triton.next_power_of_2(width),
         following is not None,
+        pdl,
         num_warps=8,
+        **launch_options(pdl),
     )
     if following is not None:
         assert following[1].squares.shape == (1, MAX_ROWS)

@@ -25,6 +25,8 @@ def sample_kernel(
     slots,  # [rows]
     last_tokens,  # [slots]
     tokens,  # [rows]
+    place,  # [1], where in `tokens` this step's begin, if PLACED
+    step,  # [1], counted up, if COUNTED
     best_values,  # [rows, CHUNKS] scratch
     best_tokens,  # [rows, CHUNKS] scratch
     counters,  # [rows], zero
@@ -32,6 +34,8 @@ def sample_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CP: tl.constexpr,
+    PLACED: tl.constexpr,
+    COUNTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -66,7 +70,12 @@ def sample_kernel(
         )
         winner = tl.min(tl.where((bests == tl.max(bests, 0)) & there, candidates, 2147483647), 0)
         winner = tl.minimum(winner, VOCAB - 1)  # a row of NaN has no winner
-        tl.store(tokens + row, winner)
+        own = tokens + row
+        if PLACED:
+            own += tl.load(place)
+        tl.store(own, winner)
+        if COUNTED:
+            tl.store(step, tl.load(step) + 1, mask=row == 0)
         tl.store(last_tokens + tl.load(slots + row), winner)
 
 
@@ -84,9 +93,15 @@ def sample_rows(
     tokens: Tensor,
     scratch: tuple[Tensor, Tensor, Tensor],
     *,
+    place: Tensor | None = None,
+    step: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Draw one token a row into `tokens`, and into the slot's place in `last_tokens`."""
+    """Draw one token a row into `tokens`, and into the slot's place in `last_tokens`.
+
+    `tokens` may be in the host's memory; with `place`, a number on the device, this step's begin
+    there. `step` is counted up.
+    """
     rows, vocab = logits.shape
     chunks = num_chunks(vocab)
     sample_kernel[(rows, chunks)](
@@ -96,11 +111,15 @@ def sample_rows(
         slots,
         last_tokens,
         tokens,
+        tokens if place is None else place,
+        tokens if step is None else step,
         *scratch,
         vocab,
         CHUNK,
         chunks,
         triton.next_power_of_2(chunks),
+        place is not None,
+        step is not None,
         pdl,
         num_warps=8,
         **launch_options(pdl),

@@ -10,7 +10,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agentrt.kernels.attention_decode import decode_attention_kernel
+from agentrt.kernels.attention_decode import (
+    choose_stages,
+    decode_attention_kernel,
+    tile_tokens,
+)
 from agentrt.kernels.attention_prefill import PrefillTiles, prefill_attention_kernel
 from agentrt.kernels.gemv import ADD, GATE_UP, STORE, GemvTiles, gemv_kernel
 from agentrt.kernels.skinny import SkinnyTiles, num_tiles, skinny_kernel
@@ -22,7 +26,7 @@ POINTERS = {
     "*fp32": "scales squares next_squares partial cos sin peaks prefix_lse",
     "*i32": "counters tables slots positions starts tiles",
     "fp32": "eps scale",
-    "i32": "batch prefix num_rows_all",
+    "i32": "batch capacity prefix num_rows_all",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 PRODUCTS = (
@@ -78,13 +82,15 @@ def products(name, rows, columns, kind):
 
 def attention(dim):
     shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
-    tile = {"TILE": 128 if dim == 64 else 64, "STAGES": 3}
-    constants = {**shared, **tile, "BP": 64, "NORM": False, "PDL": True}
-    made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
-    yield f"decode_{dim}", made
+    constants = {**shared, "TILE": tile_tokens(dim), "BP": 64, "NORM": False, "PDL": True}
+    for batch in (1, 32):
+        constants |= {"THREADS": 128, "STAGES": choose_stages(dim, batch)}
+        made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
+        yield f"decode_{dim}_{batch}", made
     for length in (200, 2048):
         shape = PrefillTiles.choose(dim, length, 8, 4)
         tile = {"M": shape.rows, "TILE": shape.keys, "STAGES": shape.num_stages, "PREFIX": False}
+        tile["SPLITS"] = shape.splits
         made = compiled(prefill_attention_kernel, shared | tile, num_warps=shape.num_warps)
         yield f"prefill_{dim}_{length}", made
 

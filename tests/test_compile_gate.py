@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = 232_448  # of one multiprocessor of an H100
-# These spill a little: the tile is still 6 % faster than the next best, which does not, and decode
-# attention spills outside of its loop only.
-MAX_STACK_BYTES = {"prefill_128_2048": 96, "decode_128": 64}
+# This spills a little: the tile is still 6 % faster than the next best, which does not.
+MAX_STACK_BYTES = {"prefill_128_2048": 96}
+# A kernel with more than this of shared memory waits for the products before it to end.
+MAX_SHARED_BYTES_AT_BATCH_1 = 24_576
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def test_weights_are_read_16_bytes_at_a_time(kernels: dict[str, dict[str, object
             evicting = re.findall(r"ld\.global\S*evict_first\S*", ptx)
             assert evicting, name
             assert all(".v4.b32" in load or ".v8.b32" in load for load in evicting), name
+        elif name.startswith("decode") and name != "decode_128_32":  # into registers
+            loads = re.findall(r"ld\.global\.cg\S*", ptx)
+            assert sum(".v4.b32" in load for load in loads) >= 16, name
+            assert int(str(kernel["shared"])) <= MAX_SHARED_BYTES_AT_BATCH_1
         else:
             copies = re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx)
             assert copies, name

@@ -160,22 +160,24 @@ def decode(memory: Memory, first: list[int], second: list[int]) -> None:
         inputs,
         memory.tables,
         memory.last_tokens,
-        memory.tokens,
     )
     given = {"token_ids": [-1, -1], "slots": [0, 3], "positions": [len(first), len(second)]}
     tokens = [int(memory.last_tokens[slot]) for slot in given["slots"]]
-    inputs.get("slots", WIDTH).fill_(IDLE)
-    for name in FIELDS[:3]:
-        inputs.get(name, 2).copy_(torch.tensor(given[name], dtype=torch.int32))
-    inputs.starts(WIDTH).copy_(torch.tensor([0, 1, 2, 2, 2]))
     assert num_tiles(len(first), 16) == 1
+    flat = ints(*[0] * WIDTH, *[IDLE] * WIDTH, *[0] * (3 * WIDTH), 0, 1, 2, 2, 2, 2 * WIDTH)
+    for index, name in enumerate(FIELDS[:3]):
+        flat[index * WIDTH : index * WIDTH + 2] = given[name]
+    inputs.write(np.full_like(flat, IDLE))  # of a step before
+    inputs.write(flat)
+    inputs.step.fill_(1)
     before = memory.kv[:, :, 0].clone()
     with torch.inference_mode():
         logits = graphs.compute(WIDTH)
     for row, (known, token) in enumerate(zip((first, second), tokens, strict=True)):
         expected = expected_logits(memory.model, [*known, token])[-1]
         torch.testing.assert_close(logits[row], expected, rtol=0.05, atol=0.1)
-        assert int(memory.tokens[row]) == int(logits[row].argmax())
+        assert int(inputs.outbox[2, row]) == int(logits[row].argmax())
+    assert int(inputs.step) == 2
     assert torch.equal(memory.kv[:, :, 0], before), "an idle row wrote to the pool"
 
 

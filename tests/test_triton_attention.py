@@ -18,7 +18,7 @@ from agentrt.kernels.attention_prefill import (
     plan_tiles,
     prefill_attention,
 )
-from agentrt.kernels.attention_prefix import attend_prefix
+from agentrt.kernels.attention_prefix import attend_prefix, lengths_to_plan, prefix_tokens
 from agentrt.kernels.reference import attend_segment
 from agentrt.kernels.rotary import append_heads
 
@@ -100,7 +100,6 @@ def attend_decode(
         made.sin,
         norms=case.norms,
         eps=EPS,
-        num_stages=2,
     )
     assert not work.counters.any()
     return out
@@ -141,8 +140,8 @@ def test_decode_is_shared_out_among_any_number_of_programs(num_programs: int) ->
 
 
 def test_tiles_count_the_row_itself() -> None:
-    assert [num_tiles(position, 64) for position in (0, 127, 128, 1024)] == [1, 1, 2, 9]
-    assert [num_tiles(position, 128) for position in (0, 63, 64, 1024)] == [1, 1, 2, 17]
+    assert [num_tiles(position, 64) for position in (0, 127, 128, 129, 1024)] == [1, 1, 1, 2, 8]
+    assert [num_tiles(position, 128) for position in (0, 64, 65, 1024)] == [1, 1, 2, 16]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), HEADS)
@@ -168,9 +167,21 @@ def test_prefill(heads: int, kv_heads: int, dim: int, with_norm: bool) -> None:
     shape = PrefillTiles(64, 32, 2, 4)
     tiles = plan_tiles(chunks, heads // kv_heads, shape.rows)
     described = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    out = qkv.new_full((71, heads * dim), float("nan"))
-    prefill_attention(qkv, case.kv, out, case.tables, described, shape)
-    assert relative_error(out, torch.cat(expected)) < TOLERANCE
+    counters = torch.zeros(len(tiles) * kv_heads, dtype=torch.int32, device=DEVICE)
+    for shape in (PrefillTiles(64, 32, 2, 4), PrefillTiles(64, 32, 2, 4, splits=3)):
+        out = qkv.new_full((71, heads * dim), float("nan"))
+        prefill_attention(qkv, case.kv, out, case.tables, described, shape, None, counters)
+        assert relative_error(out, torch.cat(expected)) < TOLERANCE
+        assert not counters.any()
+
+
+def test_few_lengths_of_a_prefix_are_planned() -> None:
+    assert prefix_tokens(32, 128, 2048, 14400, 2048) == 14336
+    assert prefix_tokens(32, 128, 1500, 14400, 2048) == 14336  # computed as one of 2,048 rows
+    assert prefix_tokens(32, 128, 900, 14400, 2048) == 0
+    assert prefix_tokens(32, 128, 2048, 2048, 2048) == 0  # too little work
+    lengths = lengths_to_plan(32, 128, 2048, 40960)
+    assert lengths == list(range(4096, 40960, 2048))
 
 
 def test_tiles_cover_every_row_once() -> None:
@@ -192,7 +203,7 @@ def test_prefill_continues_from_a_prefix_that_is_done() -> None:
     query = qkv.view(20, -1, dim)[:, :heads]
     expected = attend_segment(query, case.kv, Segment(0, 20, 80, ids)).flatten(1)
     blocks = torch.tensor(ids[:4], dtype=torch.int32, device=DEVICE)
-    prefix = attend_prefix(query.reshape(20, kv_heads, -1, dim), case.kv, blocks)
+    prefix = attend_prefix(query.reshape(20, kv_heads, -1, dim), case.kv, blocks, most_rows=32)
     assert prefix.num_tokens == 64
     shape = PrefillTiles(64, 32, 2, 4)
     tiles = torch.tensor(plan_tiles([(0, 80, 20, 1)], 4, 64), dtype=torch.int32, device=DEVICE)
