@@ -12,6 +12,7 @@ from gpu import DEVICE, interpreted
 from agentrt.cache import PrefixCache
 from agentrt.config import EngineConfig
 from agentrt.cuda_inputs import BlockTables
+from agentrt.cuda_runner import CudaRunner, CudaTicket
 from agentrt.decode_graph import FIELDS, DecodeGraphs, DecodeInputs
 from agentrt.kernels import Segment
 from agentrt.kernels.attention_decode import num_tiles
@@ -206,3 +207,29 @@ def test_block_tables_follow_their_leases() -> None:
             scheduler.finish(requests[0], float(now))
             scheduler.submit(make_request([9] * 9, 6))
     assert now > 4
+
+
+def test_a_step_without_a_token_is_waited_for_too() -> None:
+    """Else a long prompt's steps would run ahead of the buffers that their inputs are in."""
+    waited = []
+
+    class Done:
+        def synchronize(self) -> None:
+            waited.append(True)
+
+    none = torch.zeros(0)
+    ticket = CudaTicket(sampling=(), runs_ahead=True, tokens=none, logits=none, done=Done())
+    assert CudaRunner.collect(None, ticket) == []
+    assert waited
+
+
+def test_inputs_go_round_a_ring() -> None:
+    inputs = DecodeInputs.allocate(2, torch.device("cpu"))
+    for step in range(4):
+        inputs.write(np.full(len(inputs.flat), step, dtype=np.int32))
+    assert inputs.ring[:, 0].tolist() == [3, 1, 2]
+    inputs.step.fill_(4)
+    inputs.restart()
+    inputs.write(np.full(len(inputs.flat), 9, dtype=np.int32))
+    assert inputs.ring[0, 0] == 9
+    assert inputs.step == 0
