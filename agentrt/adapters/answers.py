@@ -11,7 +11,7 @@ from attrs import define, evolve, field, frozen
 from agentrt.adapters.openai.asking import Asking
 from agentrt.adapters.openai.refusal import Refusal
 from agentrt.adapters.openai.schemas import standalone
-from agentrt.adapters.openai.settings import ANY_TOOL, CHOICES, Choice, named_choice, tool_of
+from agentrt.adapters.openai.settings import CHOICES, Choice, named_choice, tool_of
 from agentrt.adapters.openai.telling import (
     CallBegun,
     CallEnded,
@@ -106,10 +106,9 @@ def wanted(
         raise RequestInvalid(f"no tool is named {choice!r}; there are {', '.join(offered.names)}")
     if chosen.required and not offered:
         raise RequestInvalid(f"the tool choice {choice!r} needs tools")
-    if chosen.allowed is not ANY_TOOL.allowed:
+    callable_tools = offered
+    if chosen.allowed is not None:
         callable_tools = ToolSet([each for each in offered if each.name in chosen.allowed])
-    else:
-        callable_tools = offered
     return _Held(
         messages=tuple(messages),
         tools=offered,

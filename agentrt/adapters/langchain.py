@@ -187,7 +187,7 @@ class AgentrtChat(BaseChatModel):
             facts["cached_tokens"] = dict(ended.completion.usage.cached_tokens)
             facts["request_id"] = ended.completion.request_id
         return AIMessageChunk(
-            "",
+            content="",
             response_metadata={**facts, "model_provider": "agentrt"},
             usage_metadata=None if ended.completion is None else usage_of(ended.completion),
             chunk_position="last",

@@ -97,9 +97,9 @@ def usage_of(completion: Completion) -> UsageMetadata:
 def chunk_of(said: Said) -> AIMessageChunk | None:
     """What the model just said, as a piece of LangChain's message."""
     if isinstance(said, Text):
-        return AIMessageChunk(said.text)
+        return AIMessageChunk(content=said.text)
     if isinstance(said, Thought):
-        return AIMessageChunk("", additional_kwargs={"reasoning_content": said.text})
+        return AIMessageChunk(content="", additional_kwargs={"reasoning_content": said.text})
     if isinstance(said, CallBegun):
         return _call_chunk(said.number, id=said.id, name=said.name, args=None)
     if isinstance(said, CallText):
@@ -107,5 +107,8 @@ def chunk_of(said: Said) -> AIMessageChunk | None:
     return None
 
 
-def _call_chunk(number: int, **call: Any) -> AIMessageChunk:
-    return AIMessageChunk("", tool_call_chunks=[ToolCallChunk(index=number, **call)])
+def _call_chunk(
+    number: int, *, id: str | None, name: str | None, args: str | None
+) -> AIMessageChunk:
+    chunk = ToolCallChunk(index=number, id=id, name=name, args=args)
+    return AIMessageChunk(content="", tool_call_chunks=[chunk])

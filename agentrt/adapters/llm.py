@@ -40,14 +40,14 @@ def register_models(register: Any) -> None:
         register(AgentrtModel(name))
 
 
-class AgentrtModel(llm.Model):  # type: ignore[misc]
+class AgentrtModel(llm.Model):
     """A model that runs in this process."""
 
     can_stream = True
     supports_schema = True
     supports_tools = True
 
-    class Options(llm.Options):  # type: ignore[misc]
+    class Options(llm.Options):
         """Those of GenerateOptions that people set, and what no wire can say."""
 
         max_tokens: int | None = Field(default=None, ge=1, description="the longest answer")
