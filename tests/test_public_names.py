@@ -1,6 +1,8 @@
 """The public names are there, documented, and nothing else is."""
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 
@@ -56,4 +58,8 @@ def test_every_error_is_an_agentrt_error_with_a_docstring():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is(name):
-    assert importlib.import_module(name).__doc__
+    if name.startswith("agentrt.adapters."):  # whose library may be missing: read, not imported
+        source = importlib.util.find_spec(name).loader.get_source(name)
+        assert ast.get_docstring(ast.parse(source))
+    else:
+        assert importlib.import_module(name).__doc__
