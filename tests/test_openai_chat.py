@@ -82,6 +82,19 @@ async def test_chunks_add_up_to_the_answer(tokenizer, template):
         assert all(part.usage is None for part in parts)
 
 
+async def test_an_event_is_one_line_whatever_text_it_holds(tokenizer, template):
+    text = "a\x85b\u2028c\u2029d\ne\rf\x0bg"
+    async with scripted(tokenizer, template, [text, text]) as engine:
+        fields = {"model": MODEL, "messages": [user("Hi")], "temperature": 0, "stream": True}
+        answer = await Api(engine).answer(
+            "POST", "/v1/chat/completions", json.dumps(fields).encode()
+        )
+        body = b"".join([part async for part in answer.body]).decode()
+        assert all(not line or line.startswith("data: ") for line in body.splitlines())
+        chunks = await chunks_of(engine.openai())
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+
+
 async def test_each_token_has_its_logprobs(tokenizer, template):
     async with scripted(tokenizer, template, ["Héy", "Héy"]) as engine:
         whole = await ask(engine.openai(), logprobs=True, top_logprobs=2)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from agentrt.adapters.openai.choices import Batch
     from agentrt.adapters.openai.telling import Telling
 
+# JSON leaves these as they are. Events end with a line, and Python's splitlines takes each for one.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
 
 
@@ -138,4 +140,6 @@ def refused(refusal: Refusal) -> Answer:
 
 
 def encoded(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """The value as JSON on one line, also for clients that end lines where Unicode does."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS).encode()
