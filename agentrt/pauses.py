@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from agentrt.mover import Mover
 
 POLL_S = 0.05  # after this the disk tier is asked again that refused something
+# What names a session: the number of tokens of its log, and their digest.
+LogKey = tuple[int, bytes]
 MOST_RETURNING = 256  # sessions whose tools have ended and whose next turn has not come yet
 
 
@@ -25,7 +27,7 @@ MOST_RETURNING = 256  # sessions whose tools have ended and whose next turn has 
 class Pause:
     """One tool of a session that waits; `session` is equal for the tools of one turn."""
 
-    session: bytes
+    session: LogKey
     token_ids: TokenArray
     name: str
     begin_s: float
@@ -47,10 +49,10 @@ class Pauses:
     marks: bool = True  # whether eviction hears of it (not where it is to be plain LRU)
     latencies: ToolLatencies = field(factory=ToolLatencies)
     _pauses: dict[int, Pause] = field(factory=dict, init=False)
-    _fetched: set[bytes] = field(factory=set, init=False)
-    _wanted: dict[bytes, TokenArray] = field(factory=dict, init=False)  # found no room so far
-    # (number of tokens, digest) of the log of a session that comes back -> when it began to wait.
-    _returning: OrderedDict[tuple[int, bytes], float] = field(factory=OrderedDict, init=False)
+    _fetched: set[LogKey] = field(factory=set, init=False)
+    _wanted: dict[LogKey, TokenArray] = field(factory=dict, init=False)  # found no room so far
+    # Sessions that come back -> when they began to wait.
+    _returning: OrderedDict[LogKey, float] = field(factory=OrderedDict, init=False)
 
     def mark(
         self,
@@ -68,7 +70,7 @@ class Pauses:
 
     def begin(self, number: int, token_ids: TokenArray, name: str, now: float) -> None:
         """A tool of the session whose log is `token_ids` starts."""
-        session = token_ids.tobytes()
+        session = _log_key(token_ids)
         pause = Pause(
             session=session,
             token_ids=token_ids,
@@ -87,7 +89,7 @@ class Pauses:
         self.latencies.observe(pause.name, now - pause.begin_s)
         if not self._of(pause.session):
             self._fetched.discard(pause.session)
-            self._returning[_log_key(pause.token_ids)] = pause.since_s
+            self._returning[pause.session] = pause.since_s
             if len(self._returning) > MOST_RETURNING:
                 self._returning.popitem(last=False)
             self.mark(pause.token_ids, SessionState.RUNNING, now)
@@ -121,15 +123,15 @@ class Pauses:
             due_s = now + POLL_S if due_s is None else min(due_s, now + POLL_S)
         return None if due_s is None else max(0.0, due_s - now)
 
-    def _of(self, session: bytes) -> list[Pause]:
+    def _of(self, session: LogKey) -> list[Pause]:
         return [pause for pause in self._pauses.values() if pause.session == session]
 
-    def _fetch(self, session: bytes, token_ids: TokenArray, now: float) -> None:
+    def _fetch(self, session: LogKey, token_ids: TokenArray, now: float) -> None:
         if self.mover is None or self.mover.prefetch(token_ids, now):
             self._wanted.pop(session, None)
         else:
             self._wanted[session] = token_ids
 
 
-def _log_key(token_ids: TokenArray) -> tuple[int, bytes]:
+def _log_key(token_ids: TokenArray) -> LogKey:
     return len(token_ids), xxh3_128_digest(np.ascontiguousarray(token_ids).tobytes())
