@@ -12,6 +12,7 @@ from fakes import TEMPLATE, byte_tokenizer
 
 import agentrt
 import agentrt.cache
+from agentrt.grammar import GrammarCompiler
 from agentrt.template import ChatTemplate
 
 if not torch.cuda.is_available():  # before any kernel is imported
@@ -43,6 +44,12 @@ def blockbuster() -> Iterator[BlockBuster]:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     """A real tokenizer without merges: a token a byte, and the tokens that mark turns."""
     return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def compiler(tokenizer) -> GrammarCompiler:
+    """Of grammars, for that tokenizer."""
+    return GrammarCompiler(tokenizer.backend, tokenizer.vocab_size, tokenizer.eos_token_ids)
 
 
 @pytest.fixture(scope="session")

@@ -385,19 +385,3 @@ def byte_tokenizer(folder: Path) -> Tokenizer:
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     return load_tokenizer(folder)
-
-
-class Script:
-    """Answers for a FakeRunner: each new request says the next text, then ends its turn."""
-
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._texts = iter(texts)
-        self._ids: dict[str, list[int]] = {}
-
-    def __call__(self, request: Request, num_output_tokens: int) -> int:
-        if request.id not in self._ids:
-            text = next(self._texts)
-            self._ids[request.id] = [*self._tokenizer.encode(text), *self._tokenizer.eos_token_ids]
-        ids = self._ids[request.id]
-        return ids[min(num_output_tokens, len(ids) - 1)]  # a draft may go beyond the end

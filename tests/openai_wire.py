@@ -1,22 +1,6 @@
-"""What the tests of OpenAI's API share: a scripted engine, tools as bodies have them, calls."""
-
-from fakes import FakeEngine, Script
+"""What the tests of OpenAI's API share: the model's name, messages, tools as bodies have them."""
 
 MODEL = "fake"  # of a FakeEngine
-
-
-def scripted(tokenizer, template, texts, **config):
-    """An engine that answers with these texts, one a request."""
-    engine = FakeEngine(
-        num_blocks=2000, context=6000, tokenizer=tokenizer, template=template, checked=False,
-        **{"step_tokens": 512, **config},
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
-
-
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def user(text):

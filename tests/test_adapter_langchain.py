@@ -1,7 +1,8 @@
 """LangChain: its own standard suites, and what they do not ask."""
 
 import pytest
-from fakes import FakeEngine, Script, until
+from fakes import until
+from scripted import LONG, call_text, scripted
 
 from agentrt import Engine
 from agentrt.adapters.blocking import blocking_engine
@@ -59,10 +60,6 @@ class TestUnits(Real, ChatModelUnitTests):
     pass
 
 
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
 class TestStandard(Real, ChatModelIntegrationTests):
     """All with SmolLM2, but two: it reads magic_function(3) as a call with 1. There what the model
     says is scripted, and the suite's own checks see what LangChain makes of it."""
@@ -75,17 +72,8 @@ class TestStandard(Real, ChatModelIntegrationTests):
             yield AgentrtChat(**settings)
             return
         texts = [call_text("magic_function", '{"input": 3}')] * 9
-        with blocking_engine(scripted(tokenizer, template, texts)) as bridge:
+        with blocking_engine(scripted(tokenizer, template, texts, **LONG)) as bridge:
             yield AgentrtChat(**{**settings, "engine": bridge})
-
-
-def scripted(tokenizer, template, texts):
-    engine = FakeEngine(
-        num_blocks=8000, context=20000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=2048,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 @tool
@@ -96,7 +84,7 @@ def add(a: int, b: int) -> int:
 
 async def test_a_tool_loop_on_the_engines_own_event_loop(tokenizer, template):
     texts = [call_text("add", '{"a": 2, "b": 3}'), "It is 5."]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         chat = AgentrtChat(engine=engine)
         bound, messages = chat.bind_tools([add]), [HumanMessage("2 + 3?")]
         first = await bound.ainvoke(messages)
@@ -113,14 +101,14 @@ async def test_a_tool_loop_on_the_engines_own_event_loop(tokenizer, template):
 
 
 async def test_what_blocks_the_engines_event_loop_is_refused(tokenizer, template):
-    async with scripted(tokenizer, template, ["x"]) as engine:
+    async with scripted(tokenizer, template, ["x"], **LONG) as engine:
         chat = AgentrtChat(engine=engine)
         with pytest.raises(RequestInvalid, match="await the async method"):
             chat.invoke("Hello")
 
 
 async def test_what_the_wire_cannot_say(tokenizer, template):
-    async with scripted(tokenizer, template, ["no", "x"]) as engine:
+    async with scripted(tokenizer, template, ["no", "x"], **LONG) as engine:
         chat = AgentrtChat(engine=engine, session="s1")
         assert (await chat.ainvoke("?", grammar=choice(["yes", "no"]))).content == "no"
         assert chat.engine is engine
@@ -131,7 +119,7 @@ async def test_what_the_wire_cannot_say(tokenizer, template):
 
 
 async def test_leaving_a_stream_cancels_the_request(tokenizer, template):
-    async with scripted(tokenizer, template, ["word " * 300]) as engine:
+    async with scripted(tokenizer, template, ["word " * 300], **LONG) as engine:
         stream = AgentrtChat(engine=engine).astream("Go on")
         async for _ in stream:
             engine.gate.close()
@@ -149,7 +137,9 @@ def test_without_an_event_loop_it_says_what_to_do():
 
 
 def test_a_blocking_engine_streams_and_is_left_in_the_middle(tokenizer, template):
-    with blocking_engine(scripted(tokenizer, template, ["One two.", "word " * 300])) as bridge:
+    with blocking_engine(
+        scripted(tokenizer, template, ["One two.", "word " * 300], **LONG)
+    ) as bridge:
         chat = AgentrtChat(engine=bridge)
         assert "".join(each.content for each in chat.stream("Count")) == "One two."
         for _ in chat.stream("Go on"):

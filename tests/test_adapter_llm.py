@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from fakes import FakeEngine, Script
+from scripted import LONG, call_text, scripted
 
 from agentrt.adapters.blocking import blocking_engine
 from agentrt.grammar import choice
@@ -18,20 +18,12 @@ from pydantic import BaseModel  # noqa: E402
 from agentrt.adapters.llm import AgentrtModel  # noqa: E402
 
 
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
 class Scripted(AgentrtModel):
     """The plugin's model above a scripted engine."""
 
     def __init__(self, tokenizer, template, texts):
         super().__init__("fake")
-        self.engine = FakeEngine(
-            num_blocks=8000, context=20000, tokenizer=tokenizer, template=template,
-            checked=False, step_tokens=2048,
-        )  # fmt: skip
-        self.engine.runner.script = Script(tokenizer, texts)
+        self.engine = scripted(tokenizer, template, texts, **LONG)
 
     @contextmanager
     def opened(self):

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import FakeEngine, Script, until
+from fakes import until
+from scripted import call_text, scripted
 
 from agentrt import GenerateOptions, tool
 from agentrt.errors import ToolInvalid
@@ -34,10 +35,6 @@ def library_may_block(blockbuster):
 def double(a: int) -> int:
     """Double a number."""
     return 2 * a
-
-
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 async def called(client, name, **arguments):
@@ -104,11 +101,7 @@ async def test_its_tools_join_a_sessions_own(tokenizer, template):
         call_text("desk_seats_book", '{"seats": [{"row": 1, "letter": "C"}]}'),
         "All done.",
     ]
-    engine = FakeEngine(
-        num_blocks=4000, context=9000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=512,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
+    engine = scripted(tokenizer, template, texts, num_blocks=4000, context=9000)
     async with (
         engine,
         McpClient(DESK, only={"add"}) as adding,

@@ -5,7 +5,7 @@ import inspect
 import json
 
 import pytest
-from fakes import FakeEngine, Script
+from scripted import scripted
 
 from agentrt import GenerateOptions, tool
 from agentrt.errors import RequestInvalid
@@ -44,15 +44,6 @@ async def fail(key: str) -> str:
 
 
 PROVIDERS: list[TracerProvider] = []
-
-
-def scripted(tokenizer, template, texts, **config):
-    engine = FakeEngine(
-        num_blocks=2000, context=6000, tokenizer=tokenizer, template=template, checked=False,
-        **{"step_tokens": 512, **config},
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 # ---- Prometheus

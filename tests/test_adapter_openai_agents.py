@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pytest
-from fakes import FakeEngine, Script
+from scripted import LONG, call_text, scripted
 
 from agentrt import Engine
 
@@ -15,19 +15,6 @@ from agentrt.adapters.openai_agents import AgentrtModel, AgentrtProvider  # noqa
 
 GREEDY = ModelSettings(temperature=0.0)  # OpenAI's API samples unless it is told not to
 QUIET = RunConfig(tracing_disabled=True, model_settings=GREEDY)
-
-
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def scripted(tokenizer, template, texts):
-    engine = FakeEngine(
-        num_blocks=8000, context=20000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=2048,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 @function_tool
@@ -53,7 +40,7 @@ async def test_two_tools_and_a_typed_output(tokenizer, template):
         call_text("count_seats", '{"number": "AB12"}'),
         '{"number": "AB12", "seats": 3}',
     ]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         model = AgentrtModel(engine, session="s1")
         agent = Agent(
             name="desk", model=model, tools=[find_flight, count_seats], output_type=Flight
@@ -74,7 +61,7 @@ async def test_a_handoff(tokenizer, template):
         call_text("find_flight", '{"city": "Oslo"}'),
         "Refunded.",
     ]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         provider = AgentrtProvider(engine)
         refunds = Agent(name="refunds", instructions="You refund.", tools=[find_flight])
         desk = Agent(name="desk", instructions="You greet.", handoffs=[refunds])
@@ -86,7 +73,7 @@ async def test_a_handoff(tokenizer, template):
 
 
 async def test_events_stream(tokenizer, template):
-    async with scripted(tokenizer, template, ["One two."]) as engine:
+    async with scripted(tokenizer, template, ["One two."], **LONG) as engine:
         model = AgentrtModel(engine)
         run = Runner.run_streamed(Agent(name="desk", model=model), "Count", run_config=QUIET)
         deltas = [

@@ -4,7 +4,7 @@ import asyncio
 from typing import Literal
 
 import pytest
-from fakes import FakeEngine, Script
+from scripted import LONG, call_text, scripted
 
 from agentrt import Engine
 from agentrt.errors import RequestInvalid
@@ -20,19 +20,6 @@ from agentrt.adapters.pydantic_ai import AgentrtModel  # noqa: E402
 class Flight(BaseModel):
     number: str
     seats: int
-
-
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def scripted(tokenizer, template, texts):
-    engine = FakeEngine(
-        num_blocks=8000, context=20000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=2048,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 def find_flight(city: str) -> str:
@@ -53,7 +40,7 @@ async def test_an_agent_with_two_tools_and_a_typed_output(tokenizer, template):
         call_text("count_seats", '{"number": "AB12"}'),
         call_text("final_result", '{"number": "AB12", "seats": 3}'),
     ]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         model = AgentrtModel(engine)
         agent = Agent(model, tools=[find_flight, count_seats], output_type=Flight)
         done = await agent.run("Fly me to Rome.")
@@ -69,7 +56,7 @@ async def test_an_agent_with_two_tools_and_a_typed_output(tokenizer, template):
 
 async def test_each_step_goes_on_from_the_tokens_of_the_one_before(tokenizer, template):
     texts = [call_text("find_flight", '{"city": "Rome"}'), "AB12 flies there."]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         done = await Agent(AgentrtModel(engine), tools=[find_flight]).run("Rome?")
     first, second = [m for m in done.all_messages() if m.kind == "response"]
     known = first.usage.input_tokens + first.usage.output_tokens
@@ -82,7 +69,7 @@ async def test_a_tool_that_asks_for_another_try_is_called_again(tokenizer, templ
         call_text("find_flight", '{"city": "Rome"}'),
         "Found.",
     ]
-    async with scripted(tokenizer, template, texts) as engine:
+    async with scripted(tokenizer, template, texts, **LONG) as engine:
         done = await Agent(AgentrtModel(engine), tools=[find_flight]).run("Somewhere")
     assert done.output == "Found."
     said = "".join(map(str, done.all_messages()))
@@ -90,7 +77,7 @@ async def test_a_tool_that_asks_for_another_try_is_called_again(tokenizer, templ
 
 
 async def test_a_typed_output_without_a_tool_is_held_by_its_schema(tokenizer, template):
-    async with scripted(tokenizer, template, ['{"number": "AB12", "seats": 3}']) as engine:
+    async with scripted(tokenizer, template, ['{"number": "AB12", "seats": 3}'], **LONG) as engine:
         agent = Agent(
             AgentrtModel(engine, settings={"max_tokens": 60}), output_type=NativeOutput(Flight)
         )
@@ -99,7 +86,7 @@ async def test_a_typed_output_without_a_tool_is_held_by_its_schema(tokenizer, te
 
 
 async def test_text_streams(tokenizer, template):
-    async with scripted(tokenizer, template, ["One two three."]) as engine:
+    async with scripted(tokenizer, template, ["One two three."], **LONG) as engine:
         async with Agent(AgentrtModel(engine)).run_stream("Count") as result:
             texts = [text async for text in result.stream_text(debounce_by=None)]
         assert texts[-1] == "One two three."
@@ -108,7 +95,7 @@ async def test_text_streams(tokenizer, template):
 
 
 async def test_leaving_a_stream_cancels_the_request(tokenizer, template):
-    async with scripted(tokenizer, template, ["word " * 200]) as engine:
+    async with scripted(tokenizer, template, ["word " * 200], **LONG) as engine:
         async with Agent(AgentrtModel(engine)).run_stream("Go on") as result:
             async for _ in result.stream_text(debounce_by=None):
                 engine.gate.close()
@@ -120,7 +107,7 @@ async def test_leaving_a_stream_cancels_the_request(tokenizer, template):
 
 async def test_what_the_wire_cannot_say(tokenizer, template):
     """A grammar, a session's name, and the engine behind the model."""
-    async with scripted(tokenizer, template, ["yes", "and so"]) as engine:
+    async with scripted(tokenizer, template, ["yes", "and so"], **LONG) as engine:
         model = AgentrtModel(engine)
         settings = {"agentrt_grammar": choice(["yes", "no"]), "agentrt_session": "s1"}
         done = await Agent(model, model_settings=settings).run("Is it so?")
@@ -135,7 +122,7 @@ async def test_what_the_wire_cannot_say(tokenizer, template):
 
 
 async def test_agents_run_side_by_side(tokenizer, template):
-    async with scripted(tokenizer, template, ["Done."] * 4) as engine:
+    async with scripted(tokenizer, template, ["Done."] * 4, **LONG) as engine:
         agent = Agent(AgentrtModel(engine))
         done = await asyncio.gather(*(agent.run(f"I am {number}") for number in range(4)))
     assert [each.output for each in done] == ["Done."] * 4

@@ -1,7 +1,7 @@
 """smolagents' own ToolCallingAgent above an engine."""
 
 import pytest
-from fakes import FakeEngine, Script
+from scripted import call_text, scripted
 
 from agentrt.adapters.blocking import blocking_engine
 from agentrt.errors import RequestInvalid
@@ -33,17 +33,9 @@ class CountSeats(Tool):
         return 3
 
 
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def scripted(tokenizer, template, texts):
-    engine = FakeEngine(
-        num_blocks=20000, context=60000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=4096,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return blocking_engine(engine)
+def blocking_script(tokenizer, template, texts):
+    sizes = {"num_blocks": 20_000, "context": 60_000, "step_tokens": 4096}
+    return blocking_engine(scripted(tokenizer, template, texts, **sizes))
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -53,7 +45,7 @@ def test_an_agent_calls_two_tools_and_answers(tokenizer, template, streams):
         call_text("count_seats", '{"number": "AB12"}'),
         call_text("final_answer", '{"answer": "3 seats on AB12"}'),
     ]
-    with scripted(tokenizer, template, texts) as bridge:
+    with blocking_script(tokenizer, template, texts) as bridge:
         agent = ToolCallingAgent(
             tools=[FindFlight(), CountSeats()],
             model=AgentrtModel(bridge, max_tokens=400),
@@ -72,7 +64,7 @@ def test_an_agent_calls_two_tools_and_answers(tokenizer, template, streams):
 
 def test_what_the_wire_cannot_say(tokenizer, template):
     ask = [ChatMessage(MessageRole.USER, [{"type": "text", "text": "Is it so?"}])]
-    with scripted(tokenizer, template, ["yes", '{"a": 1}']) as bridge:
+    with blocking_script(tokenizer, template, ["yes", '{"a": 1}']) as bridge:
         model = AgentrtModel(bridge, session="s1")
         message = model.generate(ask, grammar=choice(["yes", "no"]))
         assert message.content == "yes"

@@ -5,7 +5,8 @@ import gc
 import threading
 
 import pytest
-from fakes import EOS, FakeEngine, Script, greedy_after, until
+from fakes import EOS, FakeEngine, greedy_after, until
+from scripted import Script
 
 from agentrt import EngineConfig, Finished, GenerateOptions, TextDelta
 from agentrt.config import default_cache_dir

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import FakeEngine, byte_tokenizer
+from fakes import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLExecutor
@@ -24,16 +24,6 @@ GRAMMARS = [
     grammar.choice(["hello world", "hello you", "no"]),
     grammar.json_schema({"type": "array", "items": {"enum": ["a", 1, None]}, "maxItems": 3}),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.backend, tokenizer.vocab_size, tokenizer.eos_token_ids)
 
 
 def step_by_step(constraint: Constraint, draft: list[int]) -> list[np.ndarray]:

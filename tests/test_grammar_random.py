@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import byte_tokenizer
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
@@ -24,16 +23,6 @@ MOST_TOKENS = 60
 # Characters that mean something in a regex, in Lark, or in JSON, and one of two bytes.
 LETTERS = "abAZ09 /\\\"'.*?[](){}|^$-_\n\té"
 letters = st.sampled_from(LETTERS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.backend, tokenizer.vocab_size, tokenizer.eos_token_ids)
 
 
 def written(compiler: GrammarCompiler, tokenizer: Any, text: str, seed: int) -> str | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeEngine, Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import Script, call_text, scripted
 
 from agentrt import (
     Finished,
@@ -273,14 +273,9 @@ async def test_a_classifier_decides_sentence_by_sentence() -> None:
 # ---- in an engine
 
 
-def scripted(tokenizer, template, texts, **options):
-    engine = FakeEngine(
-        num_blocks=2000, context=6000, tokenizer=tokenizer, template=template, checked=False,
-        step_tokens=512,
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    engine.output_guards = tuple(options.get("output_guards", ()))
-    engine.input_guards = tuple(options.get("input_guards", ()))
+def guarded_script(tokenizer, template, texts, output_guards=(), input_guards=()):
+    engine = scripted(tokenizer, template, texts)
+    engine.output_guards, engine.input_guards = tuple(output_guards), tuple(input_guards)
     return engine
 
 
@@ -341,7 +336,7 @@ async def test_without_guards_there_is_no_call_and_no_task_for_them(tokenizer, t
 async def test_an_engines_guards_see_prompts_and_outputs(tokenizer, template) -> None:
     texts = ["mail a@b.co now", "mail a@b.co now", "all good", "not so bad at all", "so bad"]
     guards = {"output_guards": [redact_emails(), stop_at_bad], "input_guards": [redact_emails()]}
-    async with scripted(tokenizer, template, texts, **guards) as engine:
+    async with guarded_script(tokenizer, template, texts, **guards) as engine:
         done = await engine.generate("hi", PLENTY)
         assert (done.text, done.token_ids) == ("mail [e-mail] now", ())
         events = [event async for event in engine.stream("hi", PLENTY)]
@@ -363,7 +358,7 @@ async def test_an_engines_guards_see_prompts_and_outputs(tokenizer, template) ->
 
 
 async def test_an_input_guard_stops_a_prompt(tokenizer, template) -> None:
-    async with scripted(tokenizer, template, [], input_guards=[stop_at_bad]) as engine:
+    async with guarded_script(tokenizer, template, [], input_guards=[stop_at_bad]) as engine:
         for prompt in ("a bad one", tokenizer.encode("a bad one")):
             with pytest.raises(GuardStopped, match="bad word"):
                 await engine.generate(prompt, PLENTY)
@@ -382,10 +377,6 @@ async def test_an_input_guard_stops_a_prompt(tokenizer, template) -> None:
 async def look_up(mail: str) -> str:
     """Looks up a mail."""
     return f"{mail} belongs to key {KEY}"
-
-
-def call_text(name: str, arguments: str) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 async def test_nothing_of_a_session_shows_what_was_redacted(tokenizer, template) -> None:

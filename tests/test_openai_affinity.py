@@ -3,7 +3,8 @@
 import asyncio
 
 import pytest
-from openai_wire import CHAT_TOOLS, MODEL, call_text, scripted, user
+from openai_wire import CHAT_TOOLS, MODEL, user
+from scripted import call_text, scripted
 
 from agentrt.adapters.openai import affinity
 from agentrt.adapters.openai.affinity import Affinity, conversation_of

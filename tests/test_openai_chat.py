@@ -12,8 +12,9 @@ import openai
 import pytest
 import tokenizers
 from fakes import FakeEngine, until
-from openai_wire import CHAT_TOOLS, MODEL, call_text, scripted, user
+from openai_wire import CHAT_TOOLS, MODEL, user
 from pydantic import BaseModel
+from scripted import call_text, scripted
 from tokenizers import decoders, models, pre_tokenizers
 
 from agentrt.adapters.openai import Api, transport

@@ -4,8 +4,9 @@ import json
 
 import openai
 import pytest
-from openai_wire import MODEL, RESPONSE_TOOLS, call_text, scripted
+from openai_wire import MODEL, RESPONSE_TOOLS
 from pydantic import BaseModel
+from scripted import call_text, scripted
 
 from agentrt.template import ChatTemplate
 

@@ -14,7 +14,8 @@ import openai
 import pytest
 import uvicorn
 from fakes import until
-from openai_wire import MODEL, scripted, user
+from openai_wire import MODEL, user
+from scripted import scripted
 
 from agentrt.__main__ import main
 from agentrt.adapters.openai import Api

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
-from openai_wire import ADD, CHAT_TOOLS, MODEL, RESPONSE_TOOLS, scripted, user
+from openai_wire import ADD, CHAT_TOOLS, MODEL, RESPONSE_TOOLS, user
+from scripted import scripted
 
 from agentrt.adapters.openai import Api, transport
 from agentrt.adapters.openai.chat_request import FIELDS as CHAT_FIELDS

@@ -8,7 +8,8 @@ from contextlib import aclosing
 
 import psutil
 import pytest
-from fakes import FakeEngine, Script, logits_after, until
+from fakes import FakeEngine, logits_after, until
+from scripted import Script
 
 from agentrt import Engine, EngineConfig, GenerateOptions, tool
 from agentrt.errors import AgentrtError, EngineClosed, RequestInvalid

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from attrs import evolve
-from fakes import FakeEngine, Script
+from scripted import call_text, scripted
 
 from agentrt import (
     Engine,
@@ -27,10 +27,6 @@ from agentrt.turn import Turn
 PLENTY = GenerateOptions(max_tokens=400)
 
 
-def call_text(name, arguments):
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
 @tool
 def add(a: int, b: int) -> int:
     """Add two numbers."""
@@ -47,15 +43,6 @@ async def fail(reason: str) -> str:
 async def wait_for_ever() -> str:
     """Never ends."""
     await asyncio.Event().wait()
-
-
-def scripted(tokenizer, template, texts, **config):
-    engine = FakeEngine(
-        num_blocks=2000, context=6000, tokenizer=tokenizer, template=template, checked=False,
-        **{"step_tokens": 512, **config},
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 def tool_messages(session):

@@ -168,11 +168,6 @@ def containers(inner: Any) -> Any:
     return arrays | objects | unions
 
 
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.backend, tokenizer.vocab_size, tokenizer.eos_token_ids)
-
-
 def random_text(compiler: GrammarCompiler, tokenizer: Any, text: str, seed: int) -> str:
     """What a model of pure chance writes under a grammar. It leans to what ends things."""
     chance, constraint, tokens = np.random.default_rng(seed), compiler.compile(text), []

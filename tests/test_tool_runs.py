@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import pytest
 from attrs import evolve
-from fakes import FakeEngine, Script, until
+from fakes import FakeEngine, until
+from scripted import Script, call_text, scripted
 
 from agentrt import (
     EngineConfig,
@@ -36,19 +37,6 @@ from agentrt.tools import ToolSet
 from agentrt.types import ToolCall
 
 PLENTY = GenerateOptions(max_tokens=600)
-
-
-def call_text(name: str, arguments: str = "{}") -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def scripted(tokenizer, template, texts, **config):
-    engine = FakeEngine(
-        num_blocks=3000, context=8000, tokenizer=tokenizer, template=template, checked=False,
-        **{"step_tokens": 512, **config},
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 @tool

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from browser import CHROMIUM, chromium_page
-from fakes import FakeEngine, Script
+from scripted import Script, scripted
 
 from agentrt import GenerateOptions, tool
 from agentrt.__main__ import main
@@ -17,6 +17,7 @@ from agentrt.trace_page import page
 from agentrt.trace_record import read_lines, record
 from agentrt.trace_timeline import timeline
 
+SIZES = {"num_blocks": 8000, "context": 4000, "step_tokens": 256}
 OPTIONS = GenerateOptions(max_tokens=120)
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"key": "a"}}\n</tool_call>'
 
@@ -26,15 +27,6 @@ async def look_up(key: str) -> str:
     """Look a key up."""
     await asyncio.sleep(0)
     return f"{key} is 1"
-
-
-def scripted(tokenizer, template, texts, **config):
-    engine = FakeEngine(
-        num_blocks=8000, context=4000, tokenizer=tokenizer, template=template, checked=False,
-        **{"step_tokens": 256, **config},
-    )  # fmt: skip
-    engine.runner.script = Script(tokenizer, texts)
-    return engine
 
 
 async def run_agents(engine, num_agents):
@@ -64,7 +56,7 @@ class CallsOnce:
 
 
 async def recorded(tokenizer, template, path, num_agents, **config):
-    async with scripted(tokenizer, template, [], **config) as engine:
+    async with scripted(tokenizer, template, [], **(SIZES | config)) as engine:
         engine.runner.script = CallsOnce(tokenizer)
         async with record(engine, path):
             await run_agents(engine, num_agents)
@@ -103,7 +95,7 @@ async def test_observers_hear_of_each_request_with_its_agent_and_turn(tokenizer,
             self.events.append(("tool ended", result.content))
 
     heard = Heard()
-    async with scripted(tokenizer, template, [CALL, "It is 1.", "x", "y"]) as engine:
+    async with scripted(tokenizer, template, [CALL, "It is 1.", "x", "y"], **SIZES) as engine:
         with engine._open.loop.observers.attached(heard):
             with agent("ada"):
                 session = engine.session(tools=[look_up], options=OPTIONS)
@@ -127,7 +119,7 @@ async def test_observers_hear_of_each_request_with_its_agent_and_turn(tokenizer,
 
 
 async def test_forks_are_agents_of_their_own(tokenizer, template):
-    async with scripted(tokenizer, template, ["Hello!"]) as engine:
+    async with scripted(tokenizer, template, ["Hello!"], **SIZES) as engine:
         with agent("ada"):
             session = engine.session(options=OPTIONS)
         await session.run("Hi")
@@ -177,7 +169,7 @@ async def test_a_cancelled_turn_and_what_runs_at_the_end_are_in_the_recording(
         started.set()
         await asyncio.Event().wait()
 
-    async with scripted(tokenizer, template, [CALL]) as engine:
+    async with scripted(tokenizer, template, [CALL], **SIZES) as engine:
         session = engine.session(tools=[look_up], options=OPTIONS)
         turn = asyncio.create_task(session.run("What is a?"))
         async with record(engine, path):
@@ -192,7 +184,7 @@ async def test_a_cancelled_turn_and_what_runs_at_the_end_are_in_the_recording(
 
 
 async def test_a_recording_that_cannot_be_written_says_so(tokenizer, template, tmp_path):
-    async with scripted(tokenizer, template, ["x"]) as engine:
+    async with scripted(tokenizer, template, ["x"], **SIZES) as engine:
         with pytest.raises(RequestInvalid, match="cannot be written"):
             async with record(engine, tmp_path / "no" / "run.jsonl"):
                 pass
