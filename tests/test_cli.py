@@ -102,9 +102,15 @@ def test_cache_shows_verifies_and_clears_what_runs_left_on_disk(cache_dir):
     assert "records" not in run("cache", "--clear")[0]
 
 
+def hear_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_at_once_and_cleanly():
     story = command("run", "Tell me a very long story.", "--max-tokens", "4000")
-    with subprocess.Popen(story, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell starts what it runs in the background deaf to Ctrl-C: so may these tests be.
+    with subprocess.Popen(story, **pipes, preexec_fn=hear_interrupts) as child:
         assert child.stdout is not None
         assert os.read(child.stdout.fileno(), 1)  # it has begun to write
         child.send_signal(signal.SIGINT)
