@@ -1,14 +1,21 @@
-"""Every kernel of a step on its own: bytes, time, and the fraction of the measured bandwidth.
+r"""Every kernel of a step on its own: bytes, time, and the fraction of the measured bandwidth.
 
-    python benchmarks/gpu_kernels.py SHAPE --shared DIR [--out FILE] [--batches 1 8 32]
+    python benchmarks/gpu_kernels.py SHAPE... --shared DIR [--out FILE] [--batches 1 8 32]
+    python benchmarks/gpu_kernels.py SHAPE... --shared DIR --only attention \
+        --stages 1 2 3 4 --warps 4 8
 
 A kernel's time is that of a chain of its launches in one CUDA graph, dependent launch included,
 over as many different weights (or layers of KV) as it takes to leave nothing in the L2 cache.
 Chunks of prefill are products by cuBLAS and attention; their share is of the tensor cores' 790
 TFLOP/s.
+
+The second form times decode attention with other pipelines, on its own and behind the product that
+it follows in a step: a kernel in much shared memory starts late there, which no chain of its own
+kind shows. `after qkv` is what a pair takes more than the product alone.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,7 +27,7 @@ import torch
 from gpu_decode import read_bandwidth
 
 from agentrt.kernels import Geometry
-from agentrt.kernels.attention_decode import num_tiles
+from agentrt.kernels.attention_decode import DecodeRows, decode_attention, num_tiles
 from agentrt.kernels.cuda import Attention, CudaOps, Scratch
 from agentrt.kernels.cuda_products import CudaLinear, Rows
 
@@ -137,6 +144,59 @@ class Kernels:
             ms, 4 * tokens * self.kv_heads * self.dim, 4 * tokens * self.heads * self.dim
         )
 
+    def decode_pipeline(
+        self, batch: int, context: int, stages: int, warps: int
+    ) -> dict[str, float]:
+        """Decode attention so compiled: of a chain of it alone, and behind its product."""
+        layer_bytes = 4 * batch * context * self.kv_heads * self.dim
+        layers = max(2, int(CHAIN_BYTES / layer_bytes))
+        blocks = context // BLOCK_TOKENS + 1
+        kv = normal(layers, 2, batch * blocks, self.kv_heads, BLOCK_TOKENS, self.dim)
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+        rows = DecodeRows(
+            torch.arange(batch, **ints),
+            torch.full((batch,), context, **ints),
+            torch.arange(batch + 1, **ints) * num_tiles(context, self.dim),
+            torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks),
+        )
+        width = (self.heads + 2 * self.kv_heads) * self.dim
+        out = normal(batch, self.heads * self.dim)
+        weight = CudaLinear(normal(width, self.hidden) * 0.02, None)
+        products: Any = self.ops.products(batch, 1e-5, self.scratch)
+        table, norm, ids = normal(512, self.hidden), normal(self.hidden), rows.slots
+        _, x = products.embed(
+            Rows(token_ids=ids, slots=ids, positions=ids, tables=ids[None], last_tokens=ids),
+            table,
+            norm,
+        )
+
+        def attend(layer: int, qkv: torch.Tensor) -> object:
+            geometry = self.geometry
+            return decode_attention(
+                qkv,
+                kv[layer],
+                out,
+                rows,
+                self.scratch.decode,
+                geometry.cos,
+                geometry.sin,
+                norms=None,
+                eps=1e-5,
+                num_stages=stages,
+                num_warps=warps,
+                pdl=True,
+            )
+
+        qkv = normal(batch, width)
+        alone = chain_ms(lambda layer: attend(layer, qkv), layers)
+        product = chain_ms(lambda _: products.linear(x, weight), layers)
+        pair = chain_ms(lambda layer: attend(layer, products.linear(x, weight)), layers)
+        return {
+            "us": round(1e3 * alone, 2),
+            "TB/s": round(layer_bytes / alone / 1e9, 3),
+            "us after qkv": round(1e3 * (pair - product), 2),
+        }
+
     def prefill_attention(self, new: int, before: int) -> dict[str, float]:
         blocks = (before + new) // BLOCK_TOKENS + 1
         kv = normal(2, 2, blocks, self.kv_heads, BLOCK_TOKENS, self.dim)
@@ -181,37 +241,69 @@ def show(title: str, times: Times) -> None:
     sys.stdout.flush()
 
 
+def all_kernels(kernels: Kernels, batches: list[int]) -> dict[str, Times]:
+    result = {}
+    for batch in batches:
+        times = kernels.products(batch)
+        for context in (1024, 16384) if batch <= 8 else (1024,):
+            times[f"attention {context}"] = kernels.decode_attention(batch, context)
+        result[f"batch {batch}"] = times
+        show(f"decode, batch {batch}", times)
+    for new in sorted({new for new, _ in CHUNKS}):
+        times = kernels.products(new)
+        for rows, before in CHUNKS:
+            if rows == new:
+                times[f"attention {before}+{new}"] = kernels.prefill_attention(new, before)
+        result[f"chunk {new}"] = times
+        show(f"prefill, chunk of {new}", times)
+    return result
+
+
+def pipelines(
+    kernels: Kernels, batches: list[int], stages: list[int], warps: list[int]
+) -> dict[str, Times]:
+    result = {}
+    for batch, context in itertools.product(batches, (1024, 16384)):
+        times = {
+            f"{num_stages} stages, {num_warps} warps": kernels.decode_pipeline(
+                batch, context, num_stages, num_warps
+            )
+            for num_stages, num_warps in itertools.product(stages, warps)
+        }
+        torch.cuda.empty_cache()
+        result[f"batch {batch}, context {context}"] = times
+        show(f"decode attention, batch {batch}, context {context}", times)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape")
+    parser.add_argument("shapes", nargs="+")
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--only", choices=["attention"])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--warps", type=int, nargs="+", default=[4])
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.shared / "bench"))
     import shapes
 
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
-    kernels, result = Kernels(shapes.SHAPES[arguments.shape], bandwidth), {}
+    result = {}
     with torch.inference_mode():
-        for batch in arguments.batches:
-            times = kernels.products(batch)
-            for context in (1024, 16384) if batch <= 8 else (1024,):
-                times[f"attention {context}"] = kernels.decode_attention(batch, context)
-            result[f"batch {batch}"] = times
-            show(f"decode, batch {batch}", times)
-        for new in sorted({new for new, _ in CHUNKS}):
-            times = kernels.products(new)
-            for rows, before in CHUNKS:
-                if rows == new:
-                    times[f"attention {before}+{new}"] = kernels.prefill_attention(new, before)
-            result[f"chunk {new}"] = times
-            show(f"prefill, chunk of {new}", times)
+        for shape in arguments.shapes:
+            kernels = Kernels(shapes.SHAPES[shape], bandwidth)
+            print(shape)
+            if arguments.only:
+                given = arguments.batches, arguments.stages, arguments.warps
+                result[shape] = pipelines(kernels, *given)
+            else:
+                result[shape] = all_kernels(kernels, arguments.batches)
     if arguments.out:
-        bandwidth_tb = bandwidth / 1e12
-        given = {"shape": arguments.shape, "bandwidth_TB": bandwidth_tb, "kernels": result}
-        arguments.out.write_text(json.dumps(given, indent=1))
+        measured = {"bandwidth_TB": bandwidth / 1e12, "shapes": result}
+        arguments.out.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -267,14 +267,15 @@ def num_tiles(position: int, dim: int) -> int:
     return max(1, -(-position // tile_tokens(dim)))
 
 
-def choose_stages(dim: int, batch: int) -> int:
-    """Tiles in flight: one, in registers, or more, in shared memory.
+def choose_stages(dim: int, batch: int, *, is_long: bool = False) -> int:
+    """Tiles in flight: one, in registers, or more, in shared memory. The bits are the same.
 
     A kernel that takes more shared memory than the one before cannot start on a multiprocessor
     before that has ended there. On an H100 at batch 1 this cost 17 us a step of 16 layers and 220
-    of 32 (dim 64 and 128), more than a deeper pipeline gains; with dim 64 at any batch.
+    of 32 (dim 64 and 128), more than a deeper pipeline gains; with dim 64 at any batch. That is so
+    at 1,024 tokens: where most of the time goes into reading (`is_long`), the pipeline wins.
     """
-    return 3 if dim >= 128 and batch > FEW_ROWS else 1
+    return 3 if is_long or (dim >= 128 and batch > FEW_ROWS) else 1
 
 
 def decode_attention(
@@ -288,11 +289,12 @@ def decode_attention(
     *,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    num_stages: int | None = None,
+    num_stages: int,
     num_warps: int = 4,
     pdl: bool = False,
 ) -> Tensor:
-    """Attention of one token a row; its key and value are appended to `kv`."""
+    """Attention of one token a row; its key and value are appended to `kv`. `num_stages` (see
+    `choose_stages`) changes the time alone, `num_warps` the bits too."""
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
     group = heads // kv_heads
@@ -323,7 +325,7 @@ def decode_attention(
         block_tokens,
         rows.tables.shape[1],
         tile_tokens(dim),
-        num_stages or choose_stages(dim, batch),
+        num_stages,
         norms is not None,
         triton.next_power_of_2(group),
         32 * num_warps,

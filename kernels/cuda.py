@@ -11,7 +11,13 @@ from torch import Tensor
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
-from agentrt.kernels.attention_decode import DecodeRows, DecodeWork, decode_attention, num_tiles
+from agentrt.kernels.attention_decode import (
+    DecodeRows,
+    DecodeWork,
+    choose_stages,
+    decode_attention,
+    num_tiles,
+)
 from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, plan_tiles, prefill_attention
 from agentrt.kernels.attention_prefix import attend_prefix
 from agentrt.kernels.cuda_products import (
@@ -90,6 +96,7 @@ class Attention:
     tile_shape: PrefillTiles | None
     work: DecodeWork
     pdl: bool
+    is_long: bool = False  # the decode rows' contexts, see `choose_stages`
     counters: Tensor | None = None  # of tiles that programs share, zero
     prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
     most_rows: int = 0  # of any chunk
@@ -116,6 +123,7 @@ class Attention:
                 geometry.sin,
                 norms=norms,
                 eps=geometry.norm_eps,
+                num_stages=choose_stages(geometry.head_dim, num, is_long=self.is_long),
                 pdl=self.pdl,
             )
         if self.tiles is not None:
@@ -292,8 +300,11 @@ class CudaOps:
         kv: Tensor,
         geometry: Geometry,
         scratch: Scratch,
+        *,
+        is_long: bool = False,
     ) -> CudaStep:
-        """A step of decode rows alone, all on the device: what a graph is captured from."""
+        """A step of decode rows alone, all on the device: what a graph is captured from. `is_long`
+        makes it faster where contexts are long, with the same bits (see `choose_stages`)."""
         batch = rows.token_ids.shape[0]
         attention = Attention(
             rows=rows,
@@ -303,6 +314,7 @@ class CudaOps:
             tile_shape=None,
             work=scratch.decode,
             pdl=self.pdl,
+            is_long=is_long,
         )
         products = self.products(batch, geometry.norm_eps, scratch)
         return CudaStep(rows, kv, geometry, products, attention, None)

@@ -83,10 +83,11 @@ def products(name, rows, columns, kind):
 def attention(dim):
     shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
     constants = {**shared, "TILE": tile_tokens(dim), "BP": 64, "NORM": False, "PDL": True}
-    for batch in (1, 32):
-        constants |= {"THREADS": 128, "STAGES": choose_stages(dim, batch)}
+    for batch, is_long in ((1, False), (32, False), (1, True)):
+        stages = choose_stages(dim, batch, is_long=is_long)
+        constants |= {"THREADS": 128, "STAGES": stages}
         made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
-        yield f"decode_{dim}_{batch}", made
+        yield f"decode_{dim}_{batch}" + ("_long" if is_long else ""), made
     for length in (200, 2048):
         shape = PrefillTiles.choose(dim, length, 8, 4)
         tile = {"M": shape.rows, "TILE": shape.keys, "STAGES": shape.num_stages, "PREFIX": False}

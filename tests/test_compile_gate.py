@@ -47,7 +47,7 @@ def test_weights_are_read_16_bytes_at_a_time(kernels: dict[str, dict[str, object
             evicting = re.findall(r"ld\.global\S*evict_first\S*", ptx)
             assert evicting, name
             assert all(".v4.b32" in load or ".v8.b32" in load for load in evicting), name
-        elif name.startswith("decode") and name != "decode_128_32":  # into registers
+        elif name in ("decode_64_1", "decode_64_32", "decode_128_1"):  # into registers
             loads = re.findall(r"ld\.global\.cg\S*", ptx)
             assert sum(".v4.b32" in load for load in loads) >= 16, name
             assert int(str(kernel["shared"])) <= MAX_SHARED_BYTES_AT_BATCH_1

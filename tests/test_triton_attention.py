@@ -10,6 +10,7 @@ from agentrt.kernels import Geometry, Segment
 from agentrt.kernels.attention_decode import (
     DecodeRows,
     DecodeWork,
+    choose_stages,
     decode_attention,
     num_tiles,
 )
@@ -77,7 +78,13 @@ def make(heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int
 
 
 def attend_decode(
-    case: Case, qkv: torch.Tensor, slots: list[int], positions: list[int], num_programs: int = 7
+    case: Case,
+    qkv: torch.Tensor,
+    slots: list[int],
+    positions: list[int],
+    num_programs: int = 7,
+    *,
+    is_long: bool = False,
 ) -> torch.Tensor:
     """Attention of rows, and their keys and values into case.kv."""
     made, starts = case.geometry, [0]
@@ -100,6 +107,7 @@ def attend_decode(
         made.sin,
         norms=case.norms,
         eps=EPS,
+        num_stages=choose_stages(dim, len(slots), is_long=is_long),
     )
     assert not work.counters.any()
     return out
@@ -137,6 +145,19 @@ def test_decode_is_shared_out_among_any_number_of_programs(num_programs: int) ->
     whole = attend_decode(case, qkv, slots, positions, num_programs)
     assert relative_error(whole, torch.cat(alone)) < 2e-3
     assert torch.equal(attend_decode(case, qkv, slots, positions, num_programs), whole)
+
+
+@pytest.mark.parametrize("dim", [32, 128])
+def test_a_deeper_pipeline_gives_the_same_bits(dim: int) -> None:
+    """Rows of several tiles, of one, of one that is not full, and the first token of all."""
+    case = make(8, 2, dim, True)
+    slots, positions, first = [0, 1, 2, 3], [900, 128, 37, 0], 0
+    for slot, position in zip(slots, positions, strict=True):
+        first += len(case.place(slot, first, position + 1))
+    qkv = torch.randn(4, 12 * dim).to(DEVICE, torch.bfloat16)
+    assert choose_stages(dim, 4) == 1 < choose_stages(dim, 4, is_long=True)
+    short = attend_decode(case, qkv, slots, positions)
+    assert torch.equal(attend_decode(case, qkv, slots, positions, is_long=True), short)
 
 
 def test_tiles_count_the_row_itself() -> None:
