@@ -25,7 +25,7 @@ _GATE_UP = tl.constexpr(GATE_UP)
 
 
 @triton.jit
-def _tile(pointers, there, EVEN: tl.constexpr):
+def load_weights(pointers, there, EVEN: tl.constexpr):
     """A tile of weights, [R, BK]; columns that are not there are zero."""
     if EVEN:
         return tl.load(pointers, eviction_policy="evict_first")
@@ -33,10 +33,58 @@ def _tile(pointers, there, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _vector(pointers, there, EVEN: tl.constexpr):
+def load_vector(pointers, there, EVEN: tl.constexpr):
+    """As many numbers of a row as a tile has columns, in float32."""
     if EVEN:
         return tl.load(pointers).to(tl.float32)
     return tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish_rows(
+    rows,  # [R]
+    acc,  # [R, BK]
+    up,  # [R, BK], of GATE_UP
+    squares,  # [BK], of the input, if NORM
+    before,  # [R], what ADD adds to
+    scales,
+    bias,
+    out,
+    copy,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    COPY: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """From the sums of each column of a tile to the rows' output."""
+    inside = tl.minimum(rows, N - 1)
+    total = tl.sum(acc, 1)
+    if KIND == _GATE_UP:
+        up_total = tl.sum(up, 1)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        total *= factor
+        if KIND == _GATE_UP:
+            up_total *= factor
+    if SCALED:
+        total *= tl.load(scales + inside)
+        if KIND == _GATE_UP:
+            up_total *= tl.load(scales + N + inside)
+    if BIAS:
+        total += tl.load(bias + inside).to(tl.float32)
+    if KIND == _GATE_UP:
+        result = total * tl.sigmoid(total) * up_total
+    elif KIND == _ADD:
+        result = before + total
+    else:
+        result = total
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
+    if COPY:
+        tl.store(copy + rows, result.to(copy.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit
@@ -69,15 +117,15 @@ def gemv_stage(
     pointers = weight + inside[:, None].to(tl.int64) * K + columns[None, :]
     up_pointers = pointers + tl.cast(N, tl.int64) * K
     there = columns < K
-    tile = _tile(pointers, there, EVEN)
+    tile = load_weights(pointers, there, EVEN)
     if KIND == _GATE_UP:
-        up_tile = _tile(up_pointers, there, EVEN)
+        up_tile = load_weights(up_pointers, there, EVEN)
     if NORM:
-        scale = _vector(norm + columns, there, EVEN)
+        scale = load_vector(norm + columns, there, EVEN)
     wait_previous(PDL)
     if KIND == _ADD:  # before the sum is there, not after it: half a microsecond of latency
-        result = tl.load(out + inside).to(tl.float32)
-    values = _vector(x + columns, there, EVEN)
+        before = tl.load(out + inside).to(tl.float32)
+    values = load_vector(x + columns, there, EVEN)
     if NORM:
         squares = values * values
         values *= scale
@@ -86,39 +134,35 @@ def gemv_stage(
         up = up_tile.to(tl.float32) * values[None, :]
     for k in range(BK, K, BK):
         there = columns < K - k
-        tile = _tile(pointers + k, there, EVEN)
+        tile = load_weights(pointers + k, there, EVEN)
         if KIND == _GATE_UP:
-            up_tile = _tile(up_pointers + k, there, EVEN)
-        values = _vector(x + k + columns, there, EVEN)
+            up_tile = load_weights(up_pointers + k, there, EVEN)
+        values = load_vector(x + k + columns, there, EVEN)
         if NORM:
             squares += values * values
-            values *= _vector(norm + k + columns, there, EVEN)
+            values *= load_vector(norm + k + columns, there, EVEN)
         acc += tile.to(tl.float32) * values[None, :]
         if KIND == _GATE_UP:
             up += up_tile.to(tl.float32) * values[None, :]
-    total = tl.sum(acc, 1)
-    if KIND == _GATE_UP:
-        up_total = tl.sum(up, 1)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        total *= factor
-        if KIND == _GATE_UP:
-            up_total *= factor
-    if SCALED:
-        total *= tl.load(scales + inside)
-        if KIND == _GATE_UP:
-            up_total *= tl.load(scales + N + inside)
-    if BIAS:
-        total += tl.load(bias + inside).to(tl.float32)
-    if KIND == _GATE_UP:
-        result = total * tl.sigmoid(total) * up_total
-    elif KIND == _ADD:
-        result += total
-    else:
-        result = total
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < N)
-    if COPY:
-        tl.store(copy + rows, result.to(copy.dtype.element_ty), mask=rows < N)
+    finish_rows(
+        rows,
+        acc,
+        up if KIND == _GATE_UP else acc,
+        squares if NORM else values,
+        before if KIND == _ADD else eps,
+        scales,
+        bias,
+        out,
+        copy,
+        eps,
+        N,
+        K,
+        KIND,
+        NORM,
+        COPY,
+        SCALED,
+        BIAS,
+    )
 
 
 @triton.jit
