@@ -18,7 +18,9 @@ CHUNK = 4096  # logits of a program
 
 
 @triton.jit
-def sample_kernel(
+def sample_chunk(
+    row,
+    chunk,
     logits,  # [rows, VOCAB]
     temperatures,  # [rows], 0 for greedy
     seeds,  # [rows]
@@ -36,12 +38,8 @@ def sample_kernel(
     CP: tl.constexpr,
     PLACED: tl.constexpr,
     COUNTED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    start_next(PDL)
-    wait_previous(PDL)
+    """A row's token, by as many programs as the row has chunks."""
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     values = tl.load(
         logits + row.to(tl.int64) * VOCAB + ids, mask=ids < VOCAB, other=float("-inf")
@@ -77,6 +75,52 @@ def sample_kernel(
         if COUNTED:
             tl.store(step, tl.load(step) + 1, mask=row == 0)
         tl.store(last_tokens + tl.load(slots + row), winner)
+
+
+@triton.jit
+def sample_kernel(
+    logits,
+    temperatures,
+    seeds,
+    slots,
+    last_tokens,
+    tokens,
+    place,
+    step,
+    best_values,
+    best_tokens,
+    counters,
+    VOCAB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CP: tl.constexpr,
+    PLACED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_next(PDL)
+    wait_previous(PDL)
+    sample_chunk(
+        tl.program_id(0),
+        tl.program_id(1),
+        logits,
+        temperatures,
+        seeds,
+        slots,
+        last_tokens,
+        tokens,
+        place,
+        step,
+        best_values,
+        best_tokens,
+        counters,
+        VOCAB,
+        CHUNK,
+        CHUNKS,
+        CP,
+        PLACED,
+        COUNTED,
+    )
 
 
 def num_chunks(vocab_size: int) -> int:
