@@ -176,7 +176,8 @@ def build_loop(
     cache = PrefixCache(resolved.num_blocks, resolved.block_tokens, LRU if is_lru else None)
     tiers = open_tiers(config, resolved, fingerprint, cache, **tiers_options)
     pauses = Pauses(cache, tiers.mover, config.namespace, marks=not is_lru)
-    drafter = Drafter() if config.speculation and runner.checks_drafts else None
+    limits = runner.draft_limits if config.speculation else None
+    drafter = None if limits is None else Drafter(limits)
     loop = Loop(Scheduler(resolved, cache, tiers.mover, pauses, drafter), runner, post)
     if tiers.mover is not None:
         loop.transfers = TransferThread(runner.copier(), tiers.disk, loop.transferred)

@@ -20,6 +20,7 @@ from agentrt.kernels.host_memory import host_memory
 from agentrt.models.base import Model, ModelSpec
 from agentrt.sampler import Sampled, sample
 from agentrt.scheduler import Plan, Work
+from agentrt.speculate import CPU_LIMITS, DraftLimits
 from agentrt.transfer import Copier, HostCopier
 
 
@@ -50,8 +51,8 @@ class Runner(Protocol):
         and one more for each token of its draft that was right."""
 
     @property
-    def checks_drafts(self) -> bool:
-        """Whether a work may have a draft."""
+    def draft_limits(self) -> DraftLimits | None:
+        """Which drafts pay; None where a work must have none."""
 
     def copier(self) -> Copier:
         """What moves KV between the pool and the tiers below it."""
@@ -99,7 +100,7 @@ class ModelRunner:
     model: Model
     compute: Compute
     config: ResolvedConfig
-    checks_drafts: ClassVar[bool] = True
+    draft_limits: ClassVar[DraftLimits | None] = CPU_LIMITS
     masks: MaskThread = field(factory=MaskThread)
     kv: Tensor = field(init=False)
 

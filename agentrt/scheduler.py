@@ -14,7 +14,7 @@ from agentrt.order import Order
 from agentrt.origins import Tally
 from agentrt.pauses import Pauses
 from agentrt.request import Request, State
-from agentrt.speculate import MAX_STEP_ROWS, Drafter
+from agentrt.speculate import Drafter
 
 if TYPE_CHECKING:
     from agentrt.cache import Copy, PrefixCache
@@ -162,16 +162,14 @@ class Scheduler:
         decoding = [request for request in self.running if wants_token(request)]
         if self.drafter is None:
             return [Work(request, request.num_computed, 1) for request in decoding]
-        work, num_rows = [], len(decoding)
-        for request in decoding:
-            room = self.config.step_tokens - num_rows
-            num_draft = self.drafter.draft(request, room, MAX_STEP_ROWS - num_rows)
+        drafts = self.drafter.draft_step(decoding, self.config.step_tokens)
+        work = []
+        for request, num_draft in zip(decoding, drafts, strict=True):
             assert request.lease is not None
             if num_draft and not self.cache.extend(
                 request.lease, request.num_tokens + num_draft, now
             ):
                 num_draft = 0  # nobody is preempted for a draft
-            num_rows += num_draft
             work.append(Work(request, request.num_computed, 1 + num_draft, num_draft))
         return work
 

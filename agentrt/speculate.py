@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from attrs import define, field
+from attrs import define, field, frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from agentrt.request import Request
@@ -24,21 +26,44 @@ MAX_MATCH_TOKENS = 16
 MAX_DRAFT_TOKENS = 15
 FIRST_DRAFT_TOKENS = 4
 MOST_STEPS_WITHOUT = 32
-# A step's rows up to which drafts are guessed. SmolLM2 on 2 cores, at 1,400 tokens: one row takes
-# 7.2 ms, four 8.5, eight 12.1, sixteen 20.9; at 4,000: 11, 12, 23 and 45.
-MAX_STEP_ROWS = 16
 # What was written lately, by namespace: enough for some dozens of turns, searched in 50 us.
 RECENT_TOKENS = 16_384
 
 
+@frozen(kw_only=True)
+class DraftLimits:
+    """Which drafts pay on a device. Decode rows and drafts are rows of a step alike."""
+
+    guess_rows: int  # a step's rows up to which tokens are guessed
+    most_rows: int | None = None  # a step's rows at most, with what a grammar forces; None: any
+    min_match_tokens: int = MIN_MATCH_TOKENS  # that must agree before what followed is a guess
+    least_tokens: int = 1  # of a guess, where that many followed: fewer would cost as much
+    # Expected to be right, for each decoding request of the step: below it none guesses, as every
+    # one of them would wait for the drafts of a few.
+    guesses_a_request: float = 0.0
+
+    def may_guess(self, num_requests: int) -> bool:
+        """Whether so many requests leave room for guesses that pay."""
+        room = self.guess_rows - num_requests
+        return room > 0 and room >= self.guesses_a_request * num_requests
+
+
+# SmolLM2 on 2 cores, at 1,400 tokens: one row takes 7.2 ms, four 8.5, eight 12.1, sixteen 20.9; at
+# 4,000: 11, 12, 23 and 45.
+CPU_LIMITS = DraftLimits(guess_rows=16)
+
+
 def continuation(
-    text: NDArray[np.int32], words: NDArray[np.int32], num_tokens: int
+    text: NDArray[np.int32],
+    words: NDArray[np.int32],
+    num_tokens: int,
+    min_match_tokens: int = MIN_MATCH_TOKENS,
 ) -> NDArray[np.int32]:
     """What followed in `text` where it agrees longest with the end of `words`; the last such place.
 
-    Empty where fewer than MIN_MATCH_TOKENS agree. `words` may end with the end of `text`.
+    Empty where fewer than `min_match_tokens` agree. `words` may end with the end of `text`.
     """
-    if len(words) < MIN_MATCH_TOKENS or len(text) <= MIN_MATCH_TOKENS:
+    if len(words) < min_match_tokens or len(text) <= min_match_tokens:
         return text[:0]
     ends = np.flatnonzero(text[:-1] == words[-1])  # where the last word stands, and more follows
     for num_matched in range(1, min(MAX_MATCH_TOKENS, len(words))):
@@ -49,7 +74,7 @@ def continuation(
         ends = longer
     else:
         num_matched = min(MAX_MATCH_TOKENS, len(words))
-    if num_matched < MIN_MATCH_TOKENS:
+    if num_matched < min_match_tokens:
         return text[:0]
     begin = int(ends[-1]) + 1
     return text[begin : begin + num_tokens]
@@ -107,18 +132,38 @@ class Recent:
 class Drafter:
     """Drafts for the requests of one engine. Owned by the step thread."""
 
+    limits: DraftLimits = CPU_LIMITS
     num_drafted: int = 0  # tokens
     num_right: int = 0
     _recent: dict[str, Recent] = field(factory=dict, init=False)
 
+    def draft_step(self, requests: Sequence[Request], step_tokens: int) -> list[int]:
+        """Drafts for all that decode in a step of at most `step_tokens` rows: how long each is."""
+        limits, num_rows = self.limits, len(requests)
+        most_rows = min(step_tokens, limits.most_rows or step_tokens)
+        guess_rows = limits.guess_rows if limits.may_guess(num_rows) else 0
+        drafts, expected = [], 0
+        for request in requests:
+            num_draft = self.draft(request, most_rows - num_rows, guess_rows - num_rows)
+            expected += min(num_draft - request.num_forced, request.pace.num_tokens)
+            num_rows += num_draft
+            drafts.append(num_draft)
+        if expected < limits.guesses_a_request * len(requests):
+            return [request.num_forced for request in requests]
+        return drafts
+
     def draft(self, request: Request, room: int, guess_room: int) -> int:
-        """Put a draft behind the request's known tokens; how long it is: `room` tokens at most, and
+        """Put a draft behind the request's tokens; how long it is: `room` tokens at most, and
         no guess that makes it longer than `guess_room`. What a grammar forces is no guess.
+
+        What the device has not told yet is guessed too, and not counted: should that be wrong, the
+        draft is, and costs its rows.
         """
         known = request.known
         room = max(min(room, request.max_total_tokens - request.num_tokens - 1), 0)
         forced: list[int] = []
         if request.constraint is not None:
+            assert not request.num_pending
             forced = request.constraint.forced_tokens()[:room]
         put = request.tokens[request.num_tokens :]
         put[: len(forced)] = forced
@@ -126,7 +171,8 @@ class Drafter:
         room = min(room, MAX_DRAFT_TOKENS, guess_room) - len(forced)
         if room > 0 and (pace := request.pace.next()):
             words = request.tokens[: len(known) + len(forced)]
-            guess = self._guess(words, request.namespace, min(room, pace))
+            num_tokens = min(room, max(pace, self.limits.least_tokens))
+            guess = self._guess(words, request.namespace, num_tokens, request.num_pending)
             num_guessed = len(guess)
             put[len(forced) : len(forced) + num_guessed] = guess
         num_draft = len(forced) + num_guessed
@@ -152,9 +198,15 @@ class Drafter:
         self._recent.pop(namespace, None)
 
     def _guess(
-        self, words: NDArray[np.int32], namespace: str, num_tokens: int
+        self, words: NDArray[np.int32], namespace: str, num_tokens: int, num_untold: int
     ) -> NDArray[np.int32]:
-        own = continuation(words, words, num_tokens)
-        if len(own) or namespace not in self._recent:
-            return own
-        return continuation(self._recent[namespace].tokens, words, num_tokens)
+        """Up to `num_tokens` tokens, from `num_untold` behind the end of `words` on."""
+        least, wanted = self.limits.min_match_tokens, num_untold + num_tokens
+        found = continuation(words, words, wanted, least)
+        if not len(found) and namespace in self._recent:
+            found = continuation(self._recent[namespace].tokens, words, wanted, least)
+        elif num_untold and 0 < len(found) < wanted:
+            # It came to the end of the request's own text, which repeats itself: a period of one
+            # token would leave nothing behind the untold one.
+            found = np.resize(found, wanted)
+        return found[num_untold:]

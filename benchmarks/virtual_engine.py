@@ -110,8 +110,8 @@ class VirtualEngine:
         return Done(sampling, tuple(self._rng.randrange(1, 49000) for _ in sampling))
 
     @property
-    def checks_drafts(self) -> bool:
-        return False
+    def draft_limits(self) -> None:
+        return None
 
     def collect(self, ticket: Done) -> list[list[tuple[int, None]]]:
         return [[(token, None)] for token in ticket.tokens]

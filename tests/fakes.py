@@ -28,6 +28,7 @@ from agentrt.request import PENDING, Request
 from agentrt.runner import Computed, begin_masks, collect_computed
 from agentrt.sampler import Sampled, is_plain
 from agentrt.scheduler import Plan, Work
+from agentrt.speculate import CPU_LIMITS, DraftLimits
 from agentrt.template import ChatTemplate
 from agentrt.tokenizer import Tokenizer, load_tokenizer
 from agentrt.transfer import HostCopier
@@ -119,6 +120,7 @@ class FakeRunner:
     script: Callable[[Request, int], int | None] = lambda *_: None
     fills_masks: bool = True  # beside the step; a grammar that is none of llguidance's has none
     ahead: bool = False  # tokens come a step later, and until then only the device knows them
+    limits: DraftLimits | None = CPU_LIMITS
     before_step: Callable[[], None] = lambda: None
     gate: Gate = field(factory=Gate)
     num_steps: int = field(default=0, init=False)
@@ -147,13 +149,13 @@ class FakeRunner:
         for work in sampling:
             self._sampled[work.request.id] = int(self._logits(work)[-1].argmax())
         logits = np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
-        runs_ahead = self.ahead and all(is_plain(work.request) for work in sampling)
+        runs_ahead = self.ahead and all(is_plain(w.request) and not w.num_draft for w in sampling)
         filling = begin_masks(self._masks, sampling) if self.fills_masks else None
         return Computed(sampling, torch.from_numpy(logits), runs_ahead, filling)
 
     @property
-    def checks_drafts(self) -> bool:
-        return not self.ahead
+    def draft_limits(self) -> DraftLimits | None:
+        return self.limits
 
     def collect(self, ticket: Computed) -> list[list[Sampled]]:
         return collect_computed(ticket)

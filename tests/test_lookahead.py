@@ -4,9 +4,12 @@ import asyncio
 import random
 
 import pytest
-from fakes import FakeEngine, greedy_after
+from fakes import FakeEngine, FakeRunner, greedy_after, until
 
 from agentrt import GenerateOptions
+from agentrt.runner import Computed
+from agentrt.scheduler import Plan
+from agentrt.speculate import DraftLimits
 
 
 def options(num_tokens: int, **changes: object) -> GenerateOptions:
@@ -79,3 +82,92 @@ async def test_cancelling_at_any_step_frees_everything(seed: int) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         assert await engine.leased_blocks() == 0
         assert engine.stats().running == 0
+
+
+def beats(*, period: int, wrong_every: int = 0):
+    """A script: the output counts round in a period, and now and then says something else."""
+
+    def script(request, num_output: int) -> int:
+        if wrong_every and num_output % wrong_every == wrong_every - 1:
+            return 40 + num_output % 7
+        return 1 + num_output % period
+
+    return script
+
+
+async def run(engine: FakeEngine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Outputs of requests that all begin in the same step."""
+    engine.gate.close()
+    asked = asyncio.gather(*(engine.generate(prompt, options(num_tokens)) for prompt in prompts))
+    await until(lambda: engine._open.loop.num_queued == len(prompts))
+    engine.gate.open()
+    done = await asked
+    assert await engine.leased_blocks() == 0
+    return [list(one.token_ids) for one in done]
+
+
+@pytest.mark.parametrize("period", [1, 2, 5, 9])
+@pytest.mark.parametrize("wrong_every", [0, 11])
+async def test_drafts_begin_behind_a_token_that_only_the_device_knows(
+    period: int, wrong_every: int
+) -> None:
+    """The same tokens in fewer steps, though the first draft of a run is planned before the token
+    in front of it came."""
+    script = beats(period=period, wrong_every=wrong_every)
+    expected = [script(None, n) for n in range(90)]
+    steps = {}
+    for speculation in (False, True):
+        async with FakeEngine(ahead=True, num_blocks=128, speculation=speculation) as engine:
+            engine.runner.script = script
+            assert await run(engine, [[50, 51], [52, 53, 54]], 90) == [expected] * 2
+            steps[speculation], stats = engine.runner.num_steps, engine.stats()
+    assert stats.accepted_tokens > (30 if wrong_every else 60)
+    assert steps[True] < steps[False] * (0.9 if wrong_every else 0.7)
+
+
+async def test_text_without_matches_runs_ahead_in_every_step() -> None:
+    """No word comes twice: nothing is drafted, and as many steps run ahead as without drafts."""
+    async with FakeEngine(ahead=True, num_blocks=64) as engine:
+        engine.runner.script = lambda request, n: 1 + n
+        engine._open.loop.runner = spy = Spy(engine.runner)
+        await run(engine, [[60, 61]], 50)
+        assert engine.stats().drafted_tokens == 0
+    assert len(spy.tickets) >= 50
+    assert all(ticket.runs_ahead for ticket in spy.tickets)
+
+
+class Spy:
+    """A runner whose tickets are kept."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.tickets: list[Computed] = []
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._runner, name)
+
+    def launch(self, plan: Plan) -> Computed:
+        self.tickets.append(self._runner.launch(plan))
+        return self.tickets[-1]
+
+
+async def test_nobody_waits_for_the_drafts_of_a_few() -> None:
+    """Of six requests one repeats itself: alone it drafts, beside the others it does not."""
+    limits = DraftLimits(guess_rows=64, guesses_a_request=4.0)
+
+    def script(request, num_output: int) -> int | None:
+        return 1 + num_output % 3 if int(request.tokens[0]) == 50 else None
+
+    prompts = [[50, 51], *([i, i + 1, i + 2] for i in (10, 20, 30, 40, 55))]
+    drafted = []
+    for count in (1, 6):
+        async with FakeEngine(ahead=True, num_blocks=128, step_tokens=64) as engine:
+            engine.runner.script = script
+            engine._open.loop.scheduler.drafter.limits = limits
+            outputs = await run(engine, prompts[:count], 30)
+            drafted.append(engine.stats().drafted_tokens)
+        assert outputs[0] == [1 + n % 3 for n in range(30)]
+        for prompt, output in zip(prompts[1:count], outputs[1:], strict=True):
+            assert output == greedy_after(prompt, 30)
+    assert drafted[0] > 15
+    assert drafted[1] == 0
