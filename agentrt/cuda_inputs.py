@@ -56,7 +56,8 @@ class Uploader:
     def _take(self, num: int) -> Tensor:
         self._next = (self._next + 1) % len(self._buffers)
         if len(self._buffers[self._next]) < num:
-            fresh = torch.empty(2 * num, dtype=torch.int32, pin_memory=True)
+            is_cuda = self.device.type == "cuda"  # else kernels are interpreted
+            fresh = torch.empty(2 * num, dtype=torch.int32, pin_memory=is_cuda)
             self._buffers[self._next] = fresh
         return self._buffers[self._next]
 

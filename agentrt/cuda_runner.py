@@ -1,15 +1,17 @@
 """The device side of an engine on CUDA: decode steps as graphs, mixed steps kernel by kernel.
 
 A step is launched without waiting for anything: its inputs go up in one transfer, its tokens come
-down behind it, and a request whose last token is still being sampled finds it on the device.
+down behind it, and a request whose last token is still being sampled finds it on the device. Only a
+step that checks drafts is waited for: how many of them are right decides what comes next.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
-from agentrt.kernels.attention_decode import num_tiles
+from agentrt.grammar_masks import Filling, MaskThread
+from agentrt.kernels.attention_decode import num_tiles, tile_tokens
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.attention_prefix import (
     PREFIX_TOKENS,
@@ -33,15 +36,32 @@ from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.sample import sample_rows
-from agentrt.mixed_graph import MixedGraphs, MixedWork
+from agentrt.mixed_graph import MixedGraphs
 from agentrt.models.llama import LlamaModel
-from agentrt.request import Request
-from agentrt.runner import copy_blocks, kv_pool
-from agentrt.sampler import MIN_TEMPERATURE, Sampled, draw_seed, is_drawn_on_device, sample
+from agentrt.runner import begin_masks, copy_blocks, kv_pool
+from agentrt.sampler import Sampled, is_drawn_on_device, sample
 from agentrt.scheduler import Plan, Work
+from agentrt.speculate import DraftLimits
+from agentrt.step_device import CudaDevice, Event, StepDevice
+from agentrt.step_rows import MixedWork, draws, mixed_work, right_run
 from agentrt.transfer_cuda import CudaCopier
 
 Array = NDArray[np.int32]
+
+# Rows of a step with drafts up to which its products read the weights once: decode rows and drafts.
+MOST_CHECKED_ROWS = 64
+# A decode step is bound by the weights: up to 16 rows cost as much as two, and the look-ahead that
+# a step with drafts gives up costs more than they do. All to be measured on a device.
+CUDA_LIMITS = DraftLimits(
+    guess_rows=MOST_CHECKED_ROWS,
+    most_rows=MOST_CHECKED_ROWS,
+    min_match_tokens=3,
+    least_tokens=7,
+    guesses_a_request=1.0,
+)
+# Keys and values that a decode step reads in a layer, from which on its contexts count as long (see
+# `choose_stages`). To be measured: `benchmarks/gpu_kernels.py --only attention`.
+LONG_KV_BYTES = 16 << 20
 
 
 @frozen
@@ -50,9 +70,10 @@ class CudaTicket:
 
     sampling: tuple[Work, ...]
     runs_ahead: bool
-    tokens: Tensor
+    tokens: Tensor  # of the works' rows, one after the other, each with its draft's behind it
     logits: Tensor
-    done: torch.cuda.Event
+    done: Event
+    filling: Filling | None = None  # the masks of its grammars
 
 
 @define
@@ -73,11 +94,21 @@ class CudaRunner:
     graphs: DecodeGraphs
     mixed: MixedGraphs
     uploader: Uploader
-    _tickets: deque[tuple[int, torch.cuda.Event]] = field(init=False)  # the first is the next one
+    device: StepDevice
+    masks: MaskThread = field(factory=MaskThread)
+    draft_limits: ClassVar[DraftLimits | None] = CUDA_LIMITS
+    _tickets: deque[tuple[int, Event]] = field(init=False)  # the first is the next one
 
     @classmethod
-    def open(cls, model: LlamaModel, compute: Compute, config: ResolvedConfig) -> CudaRunner:
+    def open(
+        cls,
+        model: LlamaModel,
+        compute: Compute,
+        config: ResolvedConfig,
+        device: StepDevice | None = None,
+    ) -> CudaRunner:
         """Allocate, compile and capture. Raises ConfigError on a shape that is not served."""
+        device = device or CudaDevice()
         ops, spec = compute.ops, model.spec
         assert isinstance(ops, CudaOps)
         ops.check(
@@ -87,17 +118,20 @@ class CudaRunner:
             hidden_size=spec.hidden_size,
         )
         width = max(config.max_batch, BUCKETS[-1])
+        most_outputs = width + MOST_CHECKED_ROWS
         scratch = Scratch.allocate(
             model.geometry,
             vocab_size=spec.vocab_size,
-            max_batch=width,
+            max_batch=most_outputs,
             device=compute.device,
         )
         num_blocks = config.max_context_tokens // config.block_tokens + 2
         tables = BlockTables(config.max_batch, num_blocks, compute.device)
-        inputs = DecodeInputs.allocate(width, compute.device)
+        inputs = DecodeInputs.allocate(width, compute.device, most_outputs)
         kv = kv_pool(spec, config, compute)
-        graphs = DecodeGraphs(model, ops, kv, scratch, inputs, tables.tables, tables.last_tokens)
+        graphs = DecodeGraphs(
+            model, ops, kv, scratch, inputs, tables.tables, tables.last_tokens, device
+        )
         idle = np.zeros(len(inputs.flat), dtype=np.int32)
         idle[width : 2 * width] = tables.idle_slot
         inputs.ring.copy_(torch.from_numpy(idle))
@@ -111,22 +145,20 @@ class CudaRunner:
             tables.last_tokens,
             inputs.outbox,
             tables.idle_slot,
+            device,
         )
         with torch.inference_mode(), _no_collection():
             graphs.capture(config.max_batch)
             mixed.capture(config.step_tokens)
-        runner = cls(model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader)
+        runner = cls(
+            model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader, device
+        )
         runner._plan_prefixes()
         return runner
 
     @_tickets.default
-    def _ring(self) -> deque[tuple[int, torch.cuda.Event]]:
-        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-        return deque((place, event()) for place in range(NUM_BUFFERS))
-
-    @property
-    def draft_limits(self) -> None:
-        return None  # a graph's row has one output
+    def _ring(self) -> deque[tuple[int, Event]]:
+        return deque((place, self.device.event()) for place in range(NUM_BUFFERS))
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -162,33 +194,42 @@ class CudaRunner:
             logits = self._mixed(works, slots, updates)
         return self._ticket(tuple(work for work in works if work.samples), logits)
 
+    @torch.inference_mode()
     def collect(self, ticket: CudaTicket) -> list[list[Sampled]]:
+        masks = None if ticket.filling is None else ticket.filling.masks()
         ticket.done.synchronize()  # also without a token: the rings rely on it
-        tokens = ticket.tokens[: len(ticket.sampling)].tolist()
-        sampled: list[list[Sampled]] = [[(token, None)] for token in tokens]
-        if not ticket.runs_ahead:
-            for row, work in enumerate(ticket.sampling):
-                if not is_drawn_on_device(work.request):
-                    sampled[row] = sample(ticket.logits[row : row + 1], [work.request])[0]
+        ends = np.cumsum([1 + work.num_draft for work in ticket.sampling], dtype=int).tolist()
+        tokens = ticket.tokens[: ends[-1] if ends else 0].tolist()
+        if ticket.runs_ahead:
+            return [[(token, None)] for token in tokens]
+        sampled: list[list[Sampled]] = []
+        for work, end in zip(ticket.sampling, ends, strict=True):
+            rows, request = slice(end - 1 - work.num_draft, end), work.request
+            if is_drawn_on_device(request):
+                sampled.append([(token, None) for token in right_run(tokens[rows], request)])
+            else:
+                own = None if masks is None else masks[rows]
+                sampled += sample(ticket.logits[rows], [request], [work.num_draft], own)
         return sampled
 
     def _ticket(self, sampling: tuple[Work, ...], logits: Tensor) -> CudaTicket:
         index, done = self._tickets[0]
         self._tickets.rotate(-1)
         done.record()
-        runs_ahead = all(is_drawn_on_device(work.request) for work in sampling)
-        return CudaTicket(sampling, runs_ahead, self.inputs.outbox[index], logits, done)
+        runs_ahead = all(is_drawn_on_device(w.request) and not w.num_draft for w in sampling)
+        filling = begin_masks(self.masks, sampling)  # beside the device
+        tokens = self.inputs.outbox[index]
+        return CudaTicket(sampling, runs_ahead, tokens, logits, done, filling)
 
     @property
     def _outbox_at(self) -> int:
         """Where this step's tokens come down."""
-        return self._tickets[0][0] * self.inputs.width
+        return self._tickets[0][0] * self.inputs.outbox.shape[1]
 
     def _decode(
         self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]
     ) -> Tensor:
         """Rows of one token each: one graph."""
-        graph = self.graphs.get(len(works))
         width, num = self.inputs.width, len(works)
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
         fields = flat[: 5 * width].reshape(5, width)
@@ -196,7 +237,7 @@ class CudaRunner:
         fields[1] = self.tables.idle_slot
         fields[1, :num] = slots
         fields[2, :num] = [work.start for work in works]
-        fields[3, :num], temperatures = _draws(works)
+        fields[3, :num], temperatures = draws(works)
         fields[4, :num] = temperatures.view(np.int32)
         dim = self.model.geometry.head_dim
         tiles = [num_tiles(work.start, dim) for work in works]
@@ -204,12 +245,20 @@ class CudaRunner:
         flat[-1] = self._outbox_at
         self._update_tables(updates)
         self.inputs.write(flat)
+        graph = self.graphs.get(num, is_long=self._is_long(sum(tiles)))
         graph.replay()
         return graph.logits
 
+    def _is_long(self, num_tiles: int) -> bool:
+        """Whether decode rows with so many tiles of context in all are mostly reading it."""
+        dim = self.model.geometry.head_dim
+        token_bytes = 2 * self.model.geometry.num_kv_heads * dim * self.kv.itemsize
+        return num_tiles * tile_tokens(dim) * token_bytes > LONG_KV_BYTES
+
     def _mixed(self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]) -> Tensor:
-        """Decode rows and prefill chunks, or more decode rows than a graph has."""
-        work = _mixed_work(works, slots, self.model.geometry.head_dim)
+        """Decode rows, drafts and prefill chunks, or more decode rows than a graph has."""
+        dim = self.model.geometry.head_dim
+        work = mixed_work(works, slots, dim, most_checked_rows=MOST_CHECKED_ROWS)
         self._update_tables(updates)
         prefix_blocks = self._prefix_blocks(work)
         graph = None if prefix_blocks is not None else self.mixed.get(work)
@@ -287,7 +336,8 @@ class CudaRunner:
             self.tables.tables.view(-1).index_copy_(0, where.long(), values)
 
     def close(self) -> None:
-        torch.cuda.synchronize()
+        self.masks.close()
+        self.device.synchronize()
         self.kv = torch.empty(0)
         del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
 
@@ -304,50 +354,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _mixed_work(works: Sequence[Work], slots: list[int], dim: int) -> MixedWork:
-    """Flatten works, those of one token first."""
-    counts = [work.num_tokens for work in works]
-    num_decode = sum(count == 1 for count in counts)
-    ends = np.cumsum(counts)
-    sampling = [row for row, work in enumerate(works) if work.samples]
-    seeds, temperatures = _draws([works[row] for row in sampling])
-    by_work = np.array(slots, dtype=np.int32)
-    arrays = (
-        np.concatenate([w.request.tokens[w.start : w.start + w.num_tokens] for w in works]),
-        np.repeat(by_work, counts),
-        np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in works]),
-    )
-    decode, prefill = zip(
-        *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
-    )
-    tiles = [num_tiles(work.start, dim) for work in works[:num_decode]]
-    return MixedWork(
-        decode=decode,
-        prefill=prefill,
-        starts=np.cumsum([0, *tiles], dtype=np.int32),
-        chunks=[
-            (int(end) - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
-            for work, end, slot in zip(works, ends, slots, strict=True)
-            if work.num_tokens > 1
-        ],
-        outputs=(
-            (ends[sampling] - 1).astype(np.int32),
-            by_work[sampling],
-            seeds,
-            temperatures.view(np.int32),
-        ),
-    )
-
-
-def _draws(works: Sequence[Work]) -> tuple[Array, NDArray[np.float32]]:
-    """Seeds and temperatures of rows that sample; 0 degrees for what the device does not draw."""
-    seeds = np.zeros(len(works), dtype=np.int32)
-    temperatures = np.zeros(len(works), dtype=np.float32)
-    for row, work in enumerate(works):
-        request: Request = work.request
-        if request.options.temperature > 0 and is_drawn_on_device(request):
-            seeds[row] = draw_seed(request, work.start + work.num_tokens)
-            temperatures[row] = max(request.options.temperature, MIN_TEMPERATURE)
-    return seeds, temperatures

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.cuda_inputs import NUM_BUFFERS
+from agentrt.kernels.attention_decode import choose_stages
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.rows import fetch
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
+from agentrt.step_device import Captured, StepDevice
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
@@ -25,7 +27,7 @@ FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
 class DecodeInputs:
     """One int32 array on the device that holds a decode step's inputs, field after field, for at
     most `width` rows; then the rows' first tiles (see `attention_decode`), and where the step's
-    tokens go in `outbox`.
+    tokens go in `outbox`, which is wide enough for every kind of step.
 
     A step itself fetches them from `ring`, and writes its tokens to `outbox`: both are page-locked
     memory of the host. Two copies between one step and the next cost 18 us more on an H100.
@@ -36,12 +38,12 @@ class DecodeInputs:
     flat: Tensor
     width: int
     ring: Tensor  # [NUM_BUFFERS, len(flat)]
-    outbox: Tensor  # [NUM_BUFFERS, width]
+    outbox: Tensor  # [NUM_BUFFERS, most tokens of a step]
     step: Tensor  # [1], on the device
     _num_written: int = field(default=0, init=False)
 
     @classmethod
-    def allocate(cls, width: int, device: torch.device) -> DecodeInputs:
+    def allocate(cls, width: int, device: torch.device, most_outputs: int) -> DecodeInputs:
         size = (len(FIELDS) + 1) * width + 2
 
         def locked(*shape: int) -> Tensor:
@@ -51,7 +53,7 @@ class DecodeInputs:
             torch.zeros(size, dtype=torch.int32, device=device),
             width,
             locked(NUM_BUFFERS, size),
-            locked(NUM_BUFFERS, width),
+            locked(NUM_BUFFERS, most_outputs),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
 
@@ -80,17 +82,12 @@ class DecodeInputs:
         return self.flat[start : start + rows + 1]
 
 
-@frozen
-class DecodeGraph:
-    """One bucket's graph. Replaying it fetches the inputs, and writes `outbox` and `logits`."""
-
-    replay: Callable[[], None]
-    logits: Tensor  # [rows, vocab]
-
-
 @define
 class DecodeGraphs:
-    """Owns a graph a bucket. They share their memory: one runs at a time."""
+    """Owns a graph a bucket for short contexts, and one for long ones where that differs. They
+    share their memory: one runs at a time. Replaying one fetches the inputs, and writes `outbox`
+    and the graph's logits [rows, vocab].
+    """
 
     model: LlamaModel
     ops: CudaOps
@@ -99,30 +96,35 @@ class DecodeGraphs:
     inputs: DecodeInputs
     tables: Tensor
     last_tokens: Tensor
-    _graphs: dict[int, DecodeGraph] = field(factory=dict, init=False)
+    device: StepDevice
+    _graphs: dict[tuple[int, bool], Captured] = field(factory=dict, init=False)
 
     @property
     def max_rows(self) -> int:
-        return max(self._graphs, default=0)
+        return max((bucket for bucket, _ in self._graphs), default=0)
 
-    def get(self, num_rows: int) -> DecodeGraph:
+    def get(self, num_rows: int, *, is_long: bool) -> Captured:
         """The graph of the smallest bucket that holds `num_rows`."""
-        return self._graphs[min(bucket for bucket in self._graphs if bucket >= num_rows)]
+        bucket = min(bucket for bucket, _ in self._graphs if bucket >= num_rows)
+        return self._graphs[bucket, is_long]
 
     def capture(self, max_batch: int) -> None:
         """Compile every kernel and capture all buckets that `max_batch` needs."""
         pool, largest = None, next((b for b in BUCKETS if b >= max_batch), BUCKETS[-1])
         for bucket in reversed([b for b in BUCKETS if b <= largest]):
-            self.compute(bucket)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self.compute(bucket)
-            pool = pool or graph.pool()
-            self._graphs[bucket] = DecodeGraph(graph.replay, logits)
+            made = self.device.capture(partial(self.compute, bucket), pool)
+            pool = made.pool
+            self._graphs[bucket, False] = made
+            if self._differs_if_long(bucket):
+                made = self.device.capture(partial(self.compute, bucket, is_long=True), pool)
+            self._graphs[bucket, True] = made
         self.inputs.restart()
 
-    def compute(self, bucket: int) -> Tensor:
+    def _differs_if_long(self, bucket: int) -> bool:
+        dim = self.model.geometry.head_dim
+        return choose_stages(dim, bucket, is_long=True) != choose_stages(dim, bucket)
+
+    def compute(self, bucket: int, *, is_long: bool = False) -> Tensor:
         """The step itself: what a graph holds, and what runs without one."""
         inputs, pdl = self.inputs, self.ops.pdl
         fetch(inputs.ring, inputs.step, inputs.flat, pdl=pdl)
@@ -134,7 +136,12 @@ class DecodeGraphs:
             last_tokens=self.last_tokens,
         )
         step = self.ops.plan_decode(
-            rows, inputs.starts(bucket), self.kv, self.model.geometry, self.scratch
+            rows,
+            inputs.starts(bucket),
+            self.kv,
+            self.model.geometry,
+            self.scratch,
+            is_long=is_long,
         )
         logits = self.model.run(step)
         sample_rows(

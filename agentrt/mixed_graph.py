@@ -3,11 +3,15 @@
 Launched kernel by kernel, such a step took 8 ms of a CPU for 16 layers, whatever the device needed.
 A graph has a fixed number of rows: first MAX_DECODE for decode rows, or none, then a power of two
 for the chunks. Idle rows have position -1 and write nothing; idle attention tiles have no rows.
+
+The smallest graphs (SMALL_ROWS) are for steps that check drafts. There each request's rows are a
+chunk, and every row may give a token: its products read the weights once, as those of one row do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -22,31 +26,15 @@ from agentrt.kernels.cuda import Chunk, CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
+from agentrt.step_device import StepDevice
+from agentrt.step_rows import MixedWork
 
 MAX_DECODE = 64
 MAX_OUTPUTS = 64
-MIN_ROWS = 64
+MIN_ROWS = 64  # beside decode rows
+SMALL_ROWS = (16, 32)  # without any
 
 Array = NDArray[np.int32]
-
-
-@frozen(kw_only=True)
-class MixedWork:
-    """What a mixed step computes, in the host's memory; `agentrt.kernels.cuda` has the meanings."""
-
-    decode: tuple[Array, Array, Array]  # token ids, slots and positions of the decode rows
-    prefill: tuple[Array, Array, Array]  # of the chunks' rows
-    starts: Array  # [decode rows + 1]
-    chunks: list[Chunk]
-    outputs: tuple[Array, Array, Array, Array]  # rows, slots, seeds, temperatures (as int32)
-
-    @classmethod
-    def nothing(cls) -> MixedWork:
-        """No work at all: every row idle."""
-        none = np.zeros(0, dtype=np.int32)
-        rows, outputs = (none, none, none), (none, none, none, none)
-        starts = np.zeros(1, dtype=np.int32)
-        return cls(decode=rows, prefill=rows, starts=starts, chunks=[], outputs=outputs)
 
 
 @frozen(kw_only=True)
@@ -57,17 +45,34 @@ class Layout:
     num_rows: int  # for chunks
     shape: PrefillTiles
     num_tiles: int
+    num_outputs: int
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, num_decode: int, num_rows: int, ops: CudaOps, model: LlamaModel) -> Layout:
         geometry = model.geometry
         shape, tiles = ops.plan_chunks([(0, 0, num_rows, 0)], geometry)
-        num_tiles = len(tiles) + MAX_OUTPUTS  # every further chunk may add a tile
         rows = num_decode + num_rows
-        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[MAX_OUTPUTS] * 4, 1)
+        num_outputs = min(rows, MAX_OUTPUTS)
+        # Every further chunk may add a tile; none is without a row.
+        num_tiles = min(len(tiles) + num_outputs, num_rows)
+        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[num_outputs] * 4, 1)
         return cls(
-            num_decode=num_decode, num_rows=num_rows, shape=shape, num_tiles=num_tiles, sizes=sizes
+            num_decode=num_decode,
+            num_rows=num_rows,
+            shape=shape,
+            num_tiles=num_tiles,
+            num_outputs=num_outputs,
+            sizes=sizes,
+        )
+
+    def holds(self, work: MixedWork) -> bool:
+        """Whether there is room for all of it."""
+        return (
+            len(work.decode[0]) <= self.num_decode
+            and len(work.prefill[0]) <= self.num_rows
+            and len(work.outputs[0]) <= self.num_outputs
+            and len(work.chunks) <= self.num_outputs
         )
 
     @property
@@ -103,7 +108,7 @@ class MixedGraph:
     layout: Layout
     flat: Tensor
     replay: Callable[[], None]
-    logits: Tensor  # [MAX_OUTPUTS, vocab]
+    logits: Tensor  # [outputs, vocab]
 
 
 @define
@@ -118,38 +123,29 @@ class MixedGraphs:
     last_tokens: Tensor
     outbox: Tensor  # where the tokens go, in the host's memory
     idle_slot: int
+    device: StepDevice
     _graphs: list[MixedGraph] = field(
         factory=list, init=False
     )  # by ascending rows, no decode first
 
     def get(self, work: MixedWork) -> MixedGraph | None:
         """The smallest graph that holds the work, if one does."""
-        num_decode, num_prefill = len(work.decode[0]), len(work.prefill[0])
-        if len(work.outputs[0]) > MAX_OUTPUTS:
-            return None
-        for graph in self._graphs:
-            layout = graph.layout
-            if layout.num_decode >= num_decode and layout.num_rows >= num_prefill:
-                return graph
-        return None
+        return next((graph for graph in self._graphs if graph.layout.holds(work)), None)
 
     def capture(self, step_tokens: int) -> None:
         """Compile every kernel and capture all buckets up to `step_tokens` rows."""
         sizes = [MIN_ROWS]
         while sizes[-1] < step_tokens:
             sizes.append(min(2 * sizes[-1], step_tokens))
+        buckets = [*((0, num) for num in SMALL_ROWS), *product((0, MAX_DECODE), sizes)]
         pool = None
-        for num_decode, num_rows in sorted(product((0, MAX_DECODE), sizes), reverse=True):
+        for num_decode, num_rows in sorted(buckets, reverse=True):
             layout = Layout.of(num_decode, num_rows, self.ops, self.model)
             flat = torch.zeros(layout.offsets[-1], dtype=torch.int32, device=self.kv.device)
             flat.copy_(torch.from_numpy(layout.fill(MixedWork.nothing(), [], self.idle_slot)))
-            self.compute(layout, flat)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self.compute(layout, flat)
-            pool = pool or graph.pool()
-            self._graphs.insert(0, MixedGraph(layout, flat, graph.replay, logits))
+            made = self.device.capture(partial(self.compute, layout, flat), pool)
+            pool = made.pool
+            self._graphs.insert(0, MixedGraph(layout, flat, made.replay, made.logits))
 
     def compute(self, layout: Layout, flat: Tensor) -> Tensor:
         """The step itself: logits of the outputs, and their tokens into `outbox`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fakes import make_request, resolved
 from gpu import DEVICE, interpreted
+from interpreted import step_device
 
 from agentrt.cache import PrefixCache
 from agentrt.config import EngineConfig
@@ -18,10 +19,11 @@ from agentrt.kernels import Segment
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
-from agentrt.mixed_graph import Layout, MixedGraphs, MixedWork
+from agentrt.mixed_graph import Layout, MixedGraphs
 from agentrt.models.llama import LlamaModel, expected_shapes
 from agentrt.models.load import load_model
 from agentrt.scheduler import Scheduler
+from agentrt.step_rows import MixedWork
 
 pytestmark = interpreted
 
@@ -87,6 +89,7 @@ class Memory:
             self.last_tokens,
             self.tokens,
             IDLE,
+            step_device(),
         )
 
 
@@ -152,7 +155,7 @@ def compute(graphs: MixedGraphs, work: MixedWork, num_decode: int) -> torch.Tens
 
 
 def decode(memory: Memory, first: list[int], second: list[int]) -> None:
-    inputs = DecodeInputs.allocate(WIDTH, DEVICE)
+    inputs = DecodeInputs.allocate(WIDTH, DEVICE, WIDTH)
     graphs = DecodeGraphs(
         memory.model,
         memory.model.ops,
@@ -161,6 +164,7 @@ def decode(memory: Memory, first: list[int], second: list[int]) -> None:
         inputs,
         memory.tables,
         memory.last_tokens,
+        step_device(),
     )
     given = {"token_ids": [-1, -1], "slots": [0, 3], "positions": [len(first), len(second)]}
     tokens = [int(memory.last_tokens[slot]) for slot in given["slots"]]
@@ -224,7 +228,7 @@ def test_a_step_without_a_token_is_waited_for_too() -> None:
 
 
 def test_inputs_go_round_a_ring() -> None:
-    inputs = DecodeInputs.allocate(2, torch.device("cpu"))
+    inputs = DecodeInputs.allocate(2, torch.device("cpu"), 2)
     for step in range(4):
         inputs.write(np.full(len(inputs.flat), step, dtype=np.int32))
     assert inputs.ring[:, 0].tolist() == [3, 1, 2]

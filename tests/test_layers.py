@@ -50,7 +50,7 @@ LAYERS = [
     {"submission"},
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
-        *("mixed_graph", "transfer", "transfer_cuda"),
+        *("mixed_graph", "step_device", "step_rows", "transfer", "transfer_cuda"),
     },
     {"loop"},
     {
@@ -66,7 +66,8 @@ TOP = len(LAYERS) - 1
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 MAY_IMPORT_TORCH = {"kernels", "models", "weights", "batch", "sampler", "runner"}
-MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph", "transfer_cuda"}
+MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph", "step_device"}
+MAY_IMPORT_TORCH |= {"transfer_cuda"}
 NEVER_EACH_OTHER = [("kernels", "cache"), ("cache", "kernels")]
 ROOTS = {
     "agentrt": Path(agentrt.__file__).parent,

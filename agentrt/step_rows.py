@@ -1,0 +1,118 @@
+"""A step's work as rows, on the host: what each row reads, which rows give a token, and how those
+are drawn; and back, from the rows' tokens to each request's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from agentrt.kernels.attention_decode import num_tiles
+from agentrt.sampler import MIN_TEMPERATURE, draw_seed, is_drawn_on_device
+from agentrt.scheduler import Work
+
+if TYPE_CHECKING:
+    from agentrt.kernels.cuda import Chunk
+    from agentrt.request import Request
+
+Array = NDArray[np.int32]
+
+
+@frozen(kw_only=True)
+class MixedWork:
+    """What a mixed step computes, in the host's memory; `agentrt.kernels.cuda` has the meanings."""
+
+    decode: tuple[Array, Array, Array]  # token ids, slots and positions of the decode rows
+    prefill: tuple[Array, Array, Array]  # of the chunks' rows
+    starts: Array  # [decode rows + 1]
+    chunks: list[Chunk]
+    outputs: tuple[Array, Array, Array, Array]  # rows, slots, seeds, temperatures (as int32)
+
+    @classmethod
+    def nothing(cls) -> MixedWork:
+        """No work at all: every row idle."""
+        none = np.zeros(0, dtype=np.int32)
+        rows, outputs = (none, none, none), (none, none, none, none)
+        starts = np.zeros(1, dtype=np.int32)
+        return cls(decode=rows, prefill=rows, starts=starts, chunks=[], outputs=outputs)
+
+
+def mixed_work(
+    works: Sequence[Work], slots: Sequence[int], dim: int, *, most_checked_rows: int = 0
+) -> MixedWork:
+    """Flatten works, those of one token first: they are decode rows.
+
+    But where there are drafts and at most `most_checked_rows` rows in all, each work is a chunk: a
+    graph without decode rows is smaller, and attention to a few rows reads a context once.
+    """
+    counts = [work.num_tokens for work in works]
+    is_check = any(work.num_draft for work in works) and sum(counts) <= most_checked_rows
+    num_decode = 0 if is_check else sum(count == 1 for count in counts)
+    ends = np.cumsum(counts)
+    by_work = np.array(slots, dtype=np.int32)
+    arrays = (
+        np.concatenate([w.request.tokens[w.start : w.start + w.num_tokens] for w in works]),
+        np.repeat(by_work, counts),
+        np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in works]),
+    )
+    decode, prefill = zip(
+        *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
+    )
+    tiles = [num_tiles(work.start, dim) for work in works[:num_decode]]
+    placed = list(zip(works, ends.tolist(), slots, strict=True))
+    return MixedWork(
+        decode=decode,
+        prefill=prefill,
+        starts=np.cumsum([0, *tiles], dtype=np.int32),
+        chunks=[
+            (end - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
+            for work, end, slot in placed[num_decode:]
+        ],
+        outputs=_outputs(placed),
+    )
+
+
+def _outputs(placed: Sequence[tuple[Work, int, int]]) -> tuple[Array, Array, Array, Array]:
+    """Rows that give a token, of works that end before a row and have a slot: the last one of each
+    that samples, and those before it that check its draft."""
+    sampling = [one for one in placed if one[0].samples]
+    rows = [row for work, end, _ in sampling for row in range(end - 1 - work.num_draft, end)]
+    slots = [slot for work, _, slot in sampling for _ in range(1 + work.num_draft)]
+    seeds, temperatures = draws([work for work, _, _ in sampling])
+    return (
+        np.array(rows, dtype=np.int32),
+        np.array(slots, dtype=np.int32),
+        seeds,
+        temperatures.view(np.int32),
+    )
+
+
+def draws(works: Sequence[Work]) -> tuple[Array, NDArray[np.float32]]:
+    """Seeds and temperatures of the rows that give a token, one after the other; 0 degrees for what
+    the device does not draw. A seed is that of the token's position, whatever row gives it."""
+    num_rows = sum(1 + work.num_draft for work in works)
+    seeds = np.zeros(num_rows, dtype=np.int32)
+    temperatures = np.zeros(num_rows, dtype=np.float32)
+    row = 0
+    for work in works:
+        request: Request = work.request
+        after = row + 1 + work.num_draft
+        if request.options.temperature > 0 and is_drawn_on_device(request):
+            seeds[row:after] = [
+                draw_seed(request, work.num_known + ahead) for ahead in range(1 + work.num_draft)
+            ]
+            temperatures[row:after] = max(request.options.temperature, MIN_TEMPERATURE)
+        row = after
+    return seeds, temperatures
+
+
+def right_run(tokens: Sequence[int], request: Request) -> list[int]:
+    """Of the tokens that a request's row and those behind it gave, for the draft behind its tokens:
+    each one up to the first that is not the draft's."""
+    draft = request.tokens[request.num_tokens : request.num_tokens + len(tokens) - 1]
+    wrong = np.flatnonzero(draft != tokens[:-1])
+    return list(tokens[: int(wrong[0]) + 1] if len(wrong) else tokens)
