@@ -69,6 +69,8 @@ def _run(
             break
         if one[0] != request.tokens[request.num_tokens + index]:
             break
+        if request.constraint is not None and request.constraint.is_finished:
+            break  # a request without drafts would end here: the next row gives its end-of-turn
     return drawn
 
 

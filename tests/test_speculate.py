@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt import GenerateOptions
+from agentrt.grammar import regex
 from agentrt.speculate import MAX_DRAFT_TOKENS, MIN_MATCH_TOKENS, Pace, Recent, continuation
 
+ORDERS = [regex("<order id=[0-9]{3}" + end) for end in (">done", "[ab]", "done?", "")]
 small = st.lists(st.integers(0, 3), max_size=40)
 
 
@@ -125,6 +127,23 @@ async def test_drafts_end_where_the_request_does():
         [[1, EOS, 3, 1]], speculation=True, script=lambda *_: EOS, ignore_eos=False
     )
     assert done[0].token_ids == (EOS,)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("grammar", ORDERS)
+async def test_a_grammar_ends_at_the_same_token(tokenizer, temperature, grammar):
+    """Also where what it forces is all right, and the row behind could give one token more."""
+    options = GenerateOptions(max_tokens=40, temperature=temperature, seed=3, grammar=grammar)
+    done = []
+    for speculation in (False, True):
+        async with FakeEngine(
+            num_blocks=128, tokenizer=tokenizer, speculation=speculation
+        ) as engine:
+            done.append(await engine.generate("x", options))
+            stats = engine.stats()
+    assert done[0].token_ids == done[1].token_ids
+    assert done[0].finish_reason == done[1].finish_reason == "stop"
+    assert stats.accepted_tokens > 5
 
 
 async def test_the_distribution_stays():
