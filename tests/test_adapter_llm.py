@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
+import flight_desk
 import pytest
 from scripted import LONG, call_text, scripted
 
@@ -16,6 +18,18 @@ llm = pytest.importorskip("llm")
 from pydantic import BaseModel  # noqa: E402
 
 from agentrt.adapters.llm import AgentrtModel  # noqa: E402
+
+HERE = Path(__file__).parent
+TOOLS = """import flight_desk
+
+def find_flight(city: flight_desk.City) -> str:
+    "Find the number of the flight to a city."
+    return flight_desk.find_flight(city)
+
+def count_seats(flight_number: str) -> str:
+    "Count the free seats of a flight."
+    return flight_desk.count_seats(flight_number)
+"""
 
 
 class Scripted(AgentrtModel):
@@ -88,8 +102,8 @@ def run(*arguments, folder):
     )
 
 
-@pytest.mark.timeout(300)  # seven processes, each of which loads torch
-def test_the_command_answers_calls_tools_and_logs(tmp_path):
+@pytest.mark.timeout(300)  # four processes, each of which loads torch
+def test_the_command_answers_fits_a_schema_and_logs(tmp_path):
     listed = run("models", folder=tmp_path)
     assert "agentrt/smollm2-135m" in listed.stdout
     done = run(
@@ -98,18 +112,29 @@ def test_the_command_answers_calls_tools_and_logs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-    again = run("-c", "Say it once more.", "-o", "max_tokens", "24", folder=tmp_path)
-    assert again.returncode == 0, again.stderr
-    called = run(
-        "-m", "agentrt/smollm2-135m", "-T", "llm_version", "--td", "-o", "max_tokens", "40",
-        "Call llm_version.", folder=tmp_path,
-    )  # fmt: skip
-    assert called.returncode == 0, called.stderr
     schema = run(
         "-m", "agentrt/smollm2-135m", "--schema", "seats int", "Three seats.", "-o", "max_tokens",
         "40", folder=tmp_path,
     )  # fmt: skip
     assert isinstance(json.loads(schema.stdout)["seats"], int), schema.stdout
     logged = json.loads(run("logs", "list", "--json", "-n", "0", folder=tmp_path).stdout)
-    assert len(logged) >= 4
+    assert len(logged) == 2
     assert all(each["input_tokens"] > 0 for each in logged)
+
+
+@pytest.mark.timeout(300)
+def test_the_commands_tools_run_and_the_next_call_has_what_they_said(tmp_path):
+    """Two processes: what the first tool said is in the second one's call, by the log alone."""
+    tools = tmp_path / "tools.py"
+    tools.write_text(f"import sys\nsys.path.append({str(HERE)!r})\n{TOOLS}")
+    common = ["--functions", str(tools), "--td", "-o", "tool_choice", "once", "-o", "max_tokens"]
+    found = run(
+        "-m", "agentrt/smollm2-135m", *common, "48", "Find the flight to Oslo.", folder=tmp_path
+    )
+    assert found.returncode == 0, found.stderr
+    assert flight_desk.RESULTS[0] in found.stderr
+    assert flight_desk.FLIGHT in found.stdout
+    counted = run("-c", *common, "48", "Count the free seats of that flight.", folder=tmp_path)
+    assert counted.returncode == 0, counted.stderr
+    assert f"count_seats({flight_desk.CALLS[1][1]})" in counted.stderr
+    assert flight_desk.RESULTS[1] in counted.stderr

@@ -1,14 +1,22 @@
 """openai-agents' own Runner above an engine: tools, a typed output, and a handoff."""
 
-from typing import Literal
-
+import flight_desk
 import pytest
+from attrs import define
 from scripted import LONG, call_text, scripted
 
 from agentrt import Engine
 
 agents = pytest.importorskip("agents")
-from agents import Agent, ModelSettings, RunConfig, Runner, function_tool  # noqa: E402
+from agents import (  # noqa: E402
+    Agent,
+    ModelSettings,
+    RunConfig,
+    RunContextWrapper,
+    Runner,
+    function_tool,
+    handoff,
+)
 from pydantic import BaseModel  # noqa: E402
 
 from agentrt.adapters.openai_agents import AgentrtModel, AgentrtProvider  # noqa: E402
@@ -86,22 +94,70 @@ async def test_events_stream(tokenizer, template):
     assert "".join(deltas) == run.final_output == "One two."
 
 
-async def test_with_the_real_model():
-    """SmolLM2, one call demanded: the grammar makes it one of the tool's."""
+@define
+class Desk:
+    """What the agents know together: how far they are."""
 
-    @function_tool
-    def get_reservation(reservation_id: Literal["ZX12AB", "4BMN53"]) -> str:
-        """Look up a reservation by its id."""
-        return f"Reservation {reservation_id} flies from Denver to Miami on May 20."
+    flight: str | None = None
+    seats: str | None = None
 
+
+@function_tool(is_enabled=lambda context, _: context.context.flight is None)
+def look_flight_up(context: RunContextWrapper[Desk], city: flight_desk.City) -> str:
+    """Find the number of the flight to a city."""
+    context.context.flight = flight_desk.find_flight(city)
+    return context.context.flight
+
+
+@function_tool(is_enabled=lambda context, _: context.context.seats is None)
+def look_seats_up(context: RunContextWrapper[Desk], flight_number: flight_desk.Number) -> str:
+    """Count the free seats of a flight."""
+    context.context.seats = flight_desk.count_seats(flight_number)
+    return context.context.seats
+
+
+class Passed(BaseModel):
+    flight_number: flight_desk.Number
+
+
+async def test_a_handoff_between_two_tools_with_the_real_model():
+    """One agent finds the flight's number, and writes it into the call that hands over; the other
+    one counts the seats of that flight, and gives a typed output."""
+    passed, base = [], {"temperature": 0.0, "max_tokens": 60, "parallel_tool_calls": False}
+
+    async def note(_, data):
+        passed.append(data.flight_number)
+
+    counter = Agent(
+        name="seats",
+        instructions="You count the free seats of flights.",
+        tools=[look_seats_up],
+        output_type=flight_desk.Free,
+        model_settings=ModelSettings(tool_choice="required", **base),  # of the first turn alone
+    )
+    to_counter = handoff(
+        counter,
+        input_type=Passed,
+        on_handoff=note,
+        is_enabled=lambda context, _: context.context.flight is not None,
+    )
+    finder = Agent(
+        name="flights",
+        instructions="You find flights.",
+        tools=[look_flight_up],
+        handoffs=[to_counter],
+        model_settings=ModelSettings(tool_choice="required", **base),
+        reset_tool_choice=False,
+    )
+    desk = Desk()
     async with Engine() as engine:
-        model = AgentrtModel(engine)
-        settings = ModelSettings(
-            tool_choice="required", temperature=0.0, max_tokens=48, parallel_tool_calls=False
+        provider = AgentrtProvider(engine)
+        config = RunConfig(tracing_disabled=True, model_provider=provider)
+        done = await Runner.run(
+            finder, flight_desk.QUESTION, run_config=config, context=desk, max_turns=4
         )
-        agent = Agent(name="desk", model=model, tools=[get_reservation], model_settings=settings)
-        done = await Runner.run(agent, "Please look up reservation ZX12AB.", run_config=QUIET)
-        await model.close()
-    outputs = [item.output for item in done.new_items if item.type == "tool_call_output_item"]
-    assert outputs == ["Reservation ZX12AB flies from Denver to Miami on May 20."]
-    assert "May 20" in done.final_output
+        await provider.get_model(None).close()
+    assert [desk.flight, desk.seats] == flight_desk.RESULTS
+    assert passed == [flight_desk.FLIGHT]
+    assert done.last_agent is counter
+    assert done.final_output == flight_desk.ANSWER

@@ -1,5 +1,6 @@
 """smolagents' own ToolCallingAgent above an engine."""
 
+import flight_desk
 import pytest
 from scripted import call_text, scripted
 
@@ -77,23 +78,50 @@ def test_what_the_wire_cannot_say(tokenizer, template):
             model.generate(ask, colour="red")
 
 
-def test_with_the_real_model():
-    """SmolLM2 can do no more than one right call; the grammar gives it the form of each."""
+class LookFlightUp(Tool):
+    name = "find_flight"
+    description = flight_desk.find_flight.__doc__
+    inputs = {  # noqa: RUF012
+        "city": {"type": "string", "description": "where to", "enum": ["Oslo", "Rome", "Paris"]}
+    }
+    output_type = "string"
+    forward = staticmethod(flight_desk.find_flight)
+    skip_forward_signature_validation = True
+
+
+class LookSeatsUp(Tool):
+    name = "count_seats"
+    description = flight_desk.count_seats.__doc__
+    inputs = {"flight_number": {"type": "string", "description": "of the flight"}}  # noqa: RUF012
+    output_type = "string"
+    forward = staticmethod(flight_desk.count_seats)
+    skip_forward_signature_validation = True
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_two_tools_and_a_final_answer_with_the_real_model(streams):
+    """smolagents' own prompt, as long as it is. Which tool is next is told after each step."""
+    order = [*flight_desk.TOOLS, "final_answer"]
+
+    def name_the_next(step, agent):
+        agent.model.kwargs["tool_choice"] = order[min(step.step_number, 2)]
+
     with blocking_engine() as bridge:
         agent = ToolCallingAgent(
-            tools=[FindFlight()],
-            model=AgentrtModel(bridge, max_tokens=80, parallel_tool_calls=False),
+            tools=[LookFlightUp(), LookSeatsUp()],
+            model=AgentrtModel(
+                bridge, max_tokens=60, parallel_tool_calls=False, tool_choice=order[0]
+            ),
+            step_callbacks=[name_the_next],
+            stream_outputs=streams,
             max_steps=3,
             verbosity_level=0,
         )
-        agent.run("Find a flight to Rome.")
-        calls = [
-            call for step in agent.memory.steps for call in getattr(step, "tool_calls", None) or ()
-        ]
+        answer = agent.run(flight_desk.QUESTION)
         stats = bridge.engine.stats()
-    assert len(calls) >= 1
-    assert {call.name for call in calls} <= {"find_flight", "final_answer"}
-    for call in calls:
-        if call.name == "find_flight":
-            assert call.arguments["city"] in ("Rome", "Oslo")
-    assert stats.cached_tokens > 0
+    steps = [step for step in agent.memory.steps if getattr(step, "tool_calls", None)]
+    calls = [(call.name, call.arguments) for step in steps for call in step.tool_calls]
+    assert calls == [*flight_desk.CALLS, ("final_answer", {"answer": str(flight_desk.SEATS)})]
+    assert [step.observations for step in steps][:2] == flight_desk.RESULTS
+    assert answer == str(flight_desk.SEATS)
+    assert stats.cached_tokens > 0.6 * stats.prompt_tokens

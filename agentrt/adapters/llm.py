@@ -2,8 +2,9 @@
 
 A prompt opens the engine and closes it again, which takes half a second; what the KV cache's disk
 tier keeps outlives that. Programs hold it open: `with model.opened(): model.prompt(...)`.
-`-o session NAME` and `-o grammar ...` reach what no other model of `llm` has; the response's JSON
-has the cached tokens by tier.
+`-o tool_choice once` is one call after each prompt, and then an answer in text: small models call
+again and again if they may. `-o session NAME` and `-o grammar ...` reach what no other model of
+`llm` has; the response's JSON has the cached tokens by tier.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class AgentrtModel(llm.Model):
         top_k: int = Field(default=0, ge=0, description="0 is all")
         seed: int | None = Field(default=None, ge=0)
         stop: str | None = Field(default=None, description="a text that ends the answer")
+        tool_choice: str = Field(
+            default="auto",
+            description="auto, none, required, a tool's name, or once: a call, then text",
+        )
         session: str | None = Field(default=None, description="a name for the conversation")
         grammar: str | None = Field(default=None, description="of agentrt.grammar")
 
@@ -129,6 +134,7 @@ def _wanted(prompt: Any) -> Wanted:
     return wanted(
         [message for each in prompt.messages for message in _messages(each)],
         tools=[offered_tool(t.name, t.description, t.input_schema) for t in prompt.tools],
+        choice=options.tool_choice if prompt.tools else "auto",
         schema=prompt.schema,
         options=GenerateOptions(
             stop=() if options.stop is None else (options.stop,),
