@@ -10,10 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 QUESTION = "Find the flight to Oslo and count its free seats."
-FLIGHT, SEATS = (
-    "QF73",
-    91,
-)  # nothing in the question, the tools' descriptions or the schemas says so
+# Nothing in the question, the tools' descriptions or the schemas says them.
+FLIGHT, SEATS = "QF73", 91
 _FLIGHTS = {"Oslo": FLIGHT, "Rome": "AB12", "Paris": "KL58"}
 _SEATS = {FLIGHT: SEATS, "AB12": 37, "KL58": 14}
 

@@ -1,6 +1,8 @@
 """MCP servers as tools: a real process on stdio, and streamable HTTP on the loopback."""
 
 import asyncio
+import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from fakes import until
 from scripted import call_text, scripted
 
-from agentrt import GenerateOptions, tool
+from agentrt import Engine, GenerateOptions, tool
 from agentrt.errors import ToolInvalid
 from agentrt.tools import ToolSet, run_tool
 from agentrt.types import ToolCall
@@ -54,6 +56,7 @@ async def test_a_server_process_gives_its_tools(tmp_path):
         assert seat["properties"]["row"]["type"] == "integer"
 
         assert (await called(desk, "add", a=2, b=3)).content == "5"
+        assert by_name["add"].parameters["additionalProperties"] is False
         booked = await called(desk, "seats_book", seats=[{"row": 7, "letter": "A"}])
         assert (booked.content, booked.is_error) == ("7A", False)
         failed = await called(desk, "refuse", why="closed")
@@ -161,3 +164,72 @@ def test_the_example_asks_a_server_that_it_starts(capsys):
     assert "find_book: Emma is by Jane Austen, 1815." in said
     assert "[1 of 1] looked up Emma" in said
     assert "get_opening_hours: The library is open from 9 to 17 on Sunday." in said
+
+
+# ---- the official examples, of the library's source distribution, which .ci/adapters fetches
+
+EXAMPLES = os.environ.get("MCP_EXAMPLES")
+official = pytest.mark.skipif(EXAMPLES is None, reason="MCP_EXAMPLES names no folder of them")
+
+
+def story(name):
+    return mcp.StdioServerParameters(
+        command=sys.executable, args=["-m", f"stories.{name}.server"], cwd=EXAMPLES
+    )
+
+
+async def turns(server, only, *questions):
+    """SmolLM2 with the server's tools: a call a question, what came of it, and the answer."""
+    async with (
+        Engine() as engine,
+        McpClient(server, only=only) as client,
+        engine.session(
+            tools=[client], tool_choice="once", options=GenerateOptions(max_tokens=64)
+        ) as session,
+    ):
+        for question in questions:
+            reply = await session.run(question)
+            (result,) = reply.steps[0].results
+            yield result.call.name, dict(result.call.arguments), result.content, reply.text
+
+
+@official
+async def test_an_official_example_keeps_notes_for_the_real_model():
+    """The id is the server's: it removes a note, so the second call had the right one."""
+    added, removed = [
+        turn
+        async for turn in turns(
+            story("stickynotes"),
+            {"add_note", "remove_note"},
+            "Please add a sticky note that says: buy milk.",
+            "Please remove the note that you added.",
+        )
+    ]
+    assert added[:2] == ("add_note", {"text": "Buy milk"})
+    note = json.loads(added[2])
+    assert note["uri"] == f"note:///{note['id']}"
+    assert removed[:3] == ("remove_note", {"note_id": note["id"]}, "true")
+
+
+@official
+async def test_an_official_example_calculates_for_the_real_model():
+    [(name, arguments, result, said)] = [
+        turn async for turn in turns(story("tools"), None, "Use the calculator to add 40 and 2.")
+    ]
+    assert (name, arguments) == ("calc", {"op": "add", "a": 40, "b": 2})
+    assert json.loads(result) == {"op": "add", "result": 42}
+    assert "42" in said
+
+
+@official
+async def test_an_official_example_tells_its_progress():
+    told = []
+
+    async def note(progress):
+        told.append((progress.progress, progress.total, progress.message))
+
+    async with McpClient(story("streaming"), on_progress=note) as client:
+        done = await called(client, "countdown", steps=3)
+        await until(lambda: len(told) == 3)
+    assert json.loads(done.content) == {"completed": 3, "total": 3}
+    assert told == [(n, 3, f"step {n}/3") for n in (1, 2, 3)]

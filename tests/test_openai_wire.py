@@ -24,7 +24,7 @@ from agentrt.adapters.openai.chat_request import read_chat_request
 from agentrt.adapters.openai.fields import read_json
 from agentrt.adapters.openai.refusal import Refusal
 from agentrt.adapters.openai.responses_request import FIELDS as RESPONSE_FIELDS
-from agentrt.adapters.openai.schemas import standalone
+from agentrt.adapters.openai.schemas import closed, standalone
 
 NUM_REQUESTS = int(os.environ.get("AGENTRT_FUZZ_REQUESTS", "400"))
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -442,3 +442,11 @@ def test_no_request_gets_more_than_a_refusal(tokenizer, template):
             assert engine.stats().running == engine.stats().waiting == 0
     assert min(counts.values()) > NUM_REQUESTS // 40, counts
     print(counts)  # noqa: T201 - of a long run, with -s
+
+
+def test_a_tools_arguments_are_those_it_names_unless_its_schema_says_of_others():
+    named = {"type": "object", "properties": {"a": {}}}
+    assert closed(named) == {**named, "additionalProperties": False}
+    for more in ({"additionalProperties": {}}, {"allOf": [{"properties": {"b": {}}}]}):
+        assert closed({**named, **more}) == {**named, **more}
+    assert closed({"type": "object"}) == {"type": "object"}

@@ -10,7 +10,7 @@ from attrs import define, evolve, field, frozen
 
 from agentrt.adapters.openai.asking import Asking
 from agentrt.adapters.openai.refusal import Refusal
-from agentrt.adapters.openai.schemas import standalone
+from agentrt.adapters.openai.schemas import closed, standalone
 from agentrt.adapters.openai.settings import CHOICES, Choice, named_choice, tool_of
 from agentrt.adapters.openai.telling import (
     CallBegun,
@@ -125,9 +125,7 @@ def wanted(
 
 def offered_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> Tool:
     """A tool that the framework runs."""
-    schema = dict(parameters or {"type": "object", "properties": {}})
-    if schema.get("properties"):  # a model that may invent arguments does
-        schema.setdefault("additionalProperties", False)
+    schema = closed(parameters or {"type": "object", "properties": {}})
     try:
         whole = standalone(schema, f"tool {name}")
     except Refusal as exc:

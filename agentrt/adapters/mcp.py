@@ -14,7 +14,7 @@ from typing import Any, Self
 from attrs import define, field, frozen
 
 from agentrt.adapters.openai.refusal import Refusal
-from agentrt.adapters.openai.schemas import standalone
+from agentrt.adapters.openai.schemas import closed, standalone
 from agentrt.errors import AgentrtError, MissingExtra, ToolInvalid
 from agentrt.tools import Tool, result_text
 
@@ -118,7 +118,7 @@ class McpClient:
     def _tool(self, listed: mcp.Tool) -> Tool:
         name = _FORBIDDEN.sub("_", f"{self.prefix}{listed.name}")[:_NAME_CHARACTERS]
         try:
-            parameters = standalone(listed.input_schema, f"tool {listed.name}")
+            parameters = standalone(closed(listed.input_schema), f"tool {listed.name}")
         except Refusal as exc:
             raise ToolInvalid(f"{exc}: leave the tool out with `only`") from exc
         return Tool(

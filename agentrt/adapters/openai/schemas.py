@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from attrs import define, frozen
@@ -18,6 +18,11 @@ _DATA = ("enum", "const", "default", "examples")  # what they hold is no schema
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 _DEFINITIONS = ("$defs", "definitions")
+# Where one of these stands beside `properties`, there may be other properties.
+_OTHERS = {
+    *("additionalProperties", "patternProperties", "unevaluatedProperties", "$ref"),
+    *("allOf", "anyOf", "oneOf", "if", "dependentSchemas"),
+}
 Kind = Literal["schema", "names", "data"]
 
 
@@ -43,6 +48,14 @@ def standalone(schema: Any, path: str) -> dict[str, Any]:
     a model that reads the tool sees at once what an argument is.
     """
     return _Inliner(checked(schema, path), path).inlined()
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments, without any but those that it names, since a model that may
+    invent arguments does. One that says itself what else there may be stays as it is."""
+    if schema.get("properties") and not schema.keys() & _OTHERS:
+        return {**schema, "additionalProperties": False}
+    return dict(schema)
 
 
 @frozen
