@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -35,13 +35,18 @@ def current_scope() -> Scope:
 
 
 @contextmanager
-def agent(name: str) -> Iterator[None]:
-    """Requests and new sessions inside the block are those of the agent `name`, for observers."""
-    token = _scope.set(Scope(name))
+def within(scope: Scope) -> Iterator[None]:
+    """What is asked inside the block is asked for `scope`."""
+    token = _scope.set(scope)
     try:
         yield
     finally:
         _scope.reset(token)
+
+
+def agent(name: str) -> AbstractContextManager[None]:
+    """Requests and new sessions inside the block are those of the agent `name`, for observers."""
+    return within(Scope(name))
 
 
 async def scoped(scope: Scope, stream: AsyncGenerator[StreamEvent]) -> AsyncGenerator[StreamEvent]:

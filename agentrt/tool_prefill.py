@@ -10,6 +10,7 @@ from attrs import define, field
 
 from agentrt.conversation import Conversation
 from agentrt.errors import AgentrtError
+from agentrt.observer import within
 from agentrt.tool_runs import ToolRuns
 from agentrt.types import ToolResult
 
@@ -34,7 +35,11 @@ class ToolPrefill:
         self._news.set()
 
     async def run(self) -> None:
-        """Runs until it is cancelled."""
+        """Runs until it is cancelled. For observers its requests are those of the tools' turn."""
+        with within(self.runs.scope):
+            await self._run()
+
+    async def _run(self) -> None:
         num_computed = len(self.conversation.log.ids)
         while True:
             await self._news.wait()

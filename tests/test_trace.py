@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 from browser import CHROMIUM, chromium_page
-from scripted import Script, scripted
+from fakes import until
+from scripted import Script, call_text, scripted
 
 from agentrt import GenerateOptions, tool
 from agentrt.__main__ import main
@@ -116,6 +117,39 @@ async def test_observers_hear_of_each_request_with_its_agent_and_turn(tokenizer,
         ("submitted", "", None),
         ("ended", "stop"),
     ]
+
+
+async def test_what_a_tool_says_is_prefilled_in_the_name_of_its_agent(tokenizer, template):
+    class Heard(Observer):
+        def __init__(self):
+            self.scopes, self.num_ended = [], 0
+
+        def submitted(self, request, scope, now):
+            self.scopes.append(scope)
+
+        def ended(self, request, outcome, now):
+            self.num_ended += 1
+
+    spoken, heard = asyncio.Event(), Heard()
+
+    @tool
+    async def report():
+        """Reports."""
+        yield "a line of a long report\n" * 8
+        await spoken.wait()
+        yield "and its end"
+
+    texts = [call_text("report"), "Thanks."]
+    async with scripted(tokenizer, template, texts, **SIZES) as engine:
+        with agent("ada"):
+            session = engine.session(tools=[report], options=OPTIONS)
+        with engine._open.loop.observers.attached(heard):
+            turn = asyncio.create_task(session.run("go"))
+            await until(lambda: heard.num_ended == 2)  # the call, and what was said so far
+            spoken.set()
+            await turn
+    assert [scope.agent for scope in heard.scopes] == ["ada"] * 3
+    assert len({scope.turn for scope in heard.scopes}) == 1
 
 
 async def test_forks_are_agents_of_their_own(tokenizer, template):
