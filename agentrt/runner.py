@@ -82,6 +82,8 @@ def collect_computed(ticket: Computed) -> list[list[Sampled]]:
 
 def begin_masks(masks: MaskThread, sampling: Sequence[Work]) -> Filling | None:
     """Ask for the masks of all rows that a step will give."""
+    if all(work.request.constraint is None for work in sampling):
+        return None
     asked = []
     for work in sampling:
         request = work.request
