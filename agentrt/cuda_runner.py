@@ -60,8 +60,8 @@ CUDA_LIMITS = DraftLimits(
     guesses_a_request=1.0,
 )
 # Keys and values that a decode step reads in a layer, from which on its contexts count as long (see
-# `choose_stages`). To be measured: `benchmarks/gpu_kernels.py --only attention`.
-LONG_KV_BYTES = 16 << 20
+# `choose_stages`): between 32 rows of 1,024 tokens (1B shape, 76 MB) and 8 of 16,384 (270).
+LONG_KV_BYTES = 128 << 20
 
 
 @frozen
@@ -124,6 +124,7 @@ class CudaRunner:
             vocab_size=spec.vocab_size,
             max_batch=most_outputs,
             device=compute.device,
+            deterministic=ops.deterministic,
         )
         num_blocks = config.max_context_tokens // config.block_tokens + 2
         tables = BlockTables(config.max_batch, num_blocks, compute.device)

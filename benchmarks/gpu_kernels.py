@@ -28,7 +28,8 @@ from gpu_decode import read_bandwidth
 
 from agentrt.kernels import Geometry
 from agentrt.kernels.attention_decode import DecodeRows, decode_attention, num_tiles
-from agentrt.kernels.cuda import Attention, CudaOps, Scratch
+from agentrt.kernels.cuda import CudaOps, Scratch
+from agentrt.kernels.cuda_attention import Attention
 from agentrt.kernels.cuda_products import CudaLinear, Rows
 
 BLOCK_TOKENS = 64

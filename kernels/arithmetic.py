@@ -20,6 +20,7 @@ def arithmetic_of(ops: Ops, device: torch.device) -> str:
     parts = [f"torch {torch.__version__}", _sources_digest()]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
+        parts.append(f"deterministic={getattr(ops, 'deterministic', False)}")
     else:
         parts += [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     return ", ".join(parts)

@@ -11,24 +11,21 @@ from torch import Tensor
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
-from agentrt.kernels.attention_decode import (
-    DecodeRows,
-    DecodeWork,
-    choose_stages,
-    decode_attention,
-    num_tiles,
-)
-from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, plan_tiles, prefill_attention
-from agentrt.kernels.attention_prefix import attend_prefix
+from agentrt.kernels.attention_decode import DecodeWork, num_tiles
+from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles
+from agentrt.kernels.cuda_attention import Attention
 from agentrt.kernels.cuda_products import (
     CudaLinear,
     DenseProducts,
     GemvProducts,
+    OrderedProducts,
     Products,
     Rows,
     SkinnyProducts,
 )
-from agentrt.kernels.rotary import append_heads
+from agentrt.kernels.ordered_decode import OrderedDecodeWork
+from agentrt.kernels.ordered_prefill import ordered_tiles
+from agentrt.kernels.ordered_products import OrderedWork
 from agentrt.kernels.sample import num_chunks
 from agentrt.kernels.skinny import MAX_PROGRAMS, MAX_ROWS, TILE_ROWS, SkinnyWork
 
@@ -39,6 +36,14 @@ MAX_SHARED_TILES = 1024  # of prefill: with more there is no need to share
 
 
 @frozen
+class OrderedScratch:
+    """What steps need whose sums have one order."""
+
+    products: OrderedWork
+    decode: OrderedDecodeWork
+
+
+@frozen
 class Scratch:
     """Memory that every step uses anew. Counters in it are zero between launches."""
 
@@ -46,6 +51,7 @@ class Scratch:
     decode: DecodeWork
     prefill: Tensor  # counters
     sample: tuple[Tensor, Tensor, Tensor]
+    ordered: OrderedScratch | None
 
     @classmethod
     def allocate(
@@ -55,8 +61,9 @@ class Scratch:
         vocab_size: int,
         max_batch: int,
         device: torch.device,
+        deterministic: bool = False,
     ) -> Scratch:
-        """Room for `max_batch` decode rows."""
+        """Room for `max_batch` decode rows; `deterministic` as in CudaOps."""
         num_programs = 4  # of decode attention: on a GPU, what it holds at once
         if device.type == "cuda":
             num_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -67,14 +74,15 @@ class Scratch:
         partial = torch.empty(
             MAX_PROGRAMS * TILE_ROWS * MAX_ROWS, dtype=torch.float32, device=device
         )
-        decode = DecodeWork.allocate(
-            num_programs,
-            max_batch,
-            geometry.num_heads,
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            device,
-        )
+        heads = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+        decode = DecodeWork.allocate(num_programs, max_batch, *heads, device)
+        ordered = None
+        if deterministic:
+            most_tokens = geometry.cos.shape[0]
+            ordered = OrderedScratch(
+                OrderedWork.allocate(device),
+                OrderedDecodeWork.allocate(num_programs, max_batch, most_tokens, *heads, device),
+            )
         chunks = num_chunks(vocab_size) * max_batch
         best = torch.empty(chunks, dtype=torch.float32, device=device)
         return cls(
@@ -82,73 +90,8 @@ class Scratch:
             decode,
             counters(MAX_SHARED_TILES * geometry.num_kv_heads),
             (best, counters(chunks), counters(max_batch)),
+            ordered,
         )
-
-
-@frozen(kw_only=True)
-class Attention:
-    """Decode rows first (their tiles in `starts`), then the chunks that `tiles` describes."""
-
-    rows: Rows
-    num_decode: int
-    starts: Tensor | None  # [num_decode + 1]
-    tiles: Tensor | None  # [programs, 4]
-    tile_shape: PrefillTiles | None
-    work: DecodeWork
-    pdl: bool
-    is_long: bool = False  # the decode rows' contexts, see `choose_stages`
-    counters: Tensor | None = None  # of tiles that programs share, zero
-    prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
-    most_rows: int = 0  # of any chunk
-
-    def attend(
-        self,
-        qkv: Tensor,
-        kv: Tensor,
-        geometry: Geometry,
-        norms: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        out = qkv.new_empty(qkv.shape[0], geometry.num_heads * geometry.head_dim)
-        rows, num = self.rows, self.num_decode
-        if num:
-            assert self.starts is not None
-            decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)
-            decode_attention(
-                qkv[:num],
-                kv,
-                out[:num],
-                decode,
-                self.work,
-                geometry.cos,
-                geometry.sin,
-                norms=norms,
-                eps=geometry.norm_eps,
-                num_stages=choose_stages(geometry.head_dim, num, is_long=self.is_long),
-                pdl=self.pdl,
-            )
-        if self.tiles is not None:
-            assert self.tile_shape is not None
-            slots, positions = rows.slots[num:], rows.positions[num:]
-            append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
-            prefill_attention(
-                qkv[num:],
-                kv,
-                out[num:],
-                rows.tables,
-                self.tiles,
-                self.tile_shape,
-                self._prefix(qkv[num:], kv, geometry),
-                self.counters,
-            )
-        return out
-
-    def _prefix(self, qkv: Tensor, kv: Tensor, geometry: Geometry) -> Prefix | None:
-        if self.prefix_blocks is None:
-            return None
-        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)[:, : geometry.num_heads]
-        shape = (len(qkv), geometry.num_kv_heads, -1, geometry.head_dim)
-        grouped = heads.reshape(shape)
-        return attend_prefix(grouped, kv, self.prefix_blocks, self.most_rows)
 
 
 @frozen
@@ -189,16 +132,19 @@ class CudaStep:
 
 @frozen
 class CudaOps:
-    """See `agentrt.kernels.Ops`. `one_way`: a row alone is multiplied as several are, so that its
-    bits stay the same (11 % slower at batch 1, 1B shape). `cudnn`: see `attention_prefix`. `pdl`:
-    see `dependent`."""
+    """See `agentrt.kernels.Ops`. `deterministic`: a row's bits depend on its own tokens and their
+    positions alone (see `ordered_products` and `ordered_attention`); it needs a Scratch that is
+    so, too. `cudnn`: see `attention_prefix`. `pdl`: see `dependent`."""
 
     device: torch.device
     fp8: bool = False
-    one_way: bool = False
+    deterministic: bool = False
     cudnn: bool = False
     pdl: bool = True
     name: str = field(init=False, default="triton")
+
+    def __attrs_post_init__(self) -> None:
+        assert not (self.deterministic and self.cudnn), "cuDNN sums in an order of its own"
 
     def check(self, *, num_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int) -> None:
         """Raise ConfigError on a shape that the kernels are not made for."""
@@ -223,7 +169,10 @@ class CudaOps:
 
     def products(self, num_rows: int, eps: float, scratch: Scratch) -> Products:
         """How `num_rows` rows are multiplied."""
-        if num_rows == 1 and not self.one_way:
+        if self.deterministic:
+            assert scratch.ordered is not None
+            return OrderedProducts(eps, scratch.ordered.products, self.pdl)
+        if num_rows == 1:
             return GemvProducts(eps, self.pdl)
         if num_rows <= MAX_ROWS:
             return SkinnyProducts(eps, scratch.skinny, self.pdl)
@@ -246,6 +195,7 @@ class CudaOps:
             vocab_size=1,
             max_batch=max(work.num_decode, 1),
             device=self.device,
+            deterministic=self.deterministic,
         )
         starts = torch.tensor(work.starts, dtype=torch.int32).to(self.device)
         shape, described = self.plan_chunks(work.chunks, geometry)
@@ -260,7 +210,8 @@ class CudaOps:
         """Cut prefill chunks into the tiles of `prefill_attention`."""
         group = geometry.num_heads // geometry.num_kv_heads
         num_tokens = sum(number for _, _, number, _ in chunks)
-        shape = PrefillTiles.choose(geometry.head_dim, num_tokens, geometry.num_kv_heads, group)
+        choose = ordered_tiles if self.deterministic else PrefillTiles.choose
+        shape = choose(geometry.head_dim, num_tokens, geometry.num_kv_heads, group)
         return shape, plan_tiles(chunks, group, shape.rows)
 
     def plan_rows(
@@ -286,6 +237,7 @@ class CudaOps:
             tile_shape=shape,
             work=scratch.decode,
             pdl=False,
+            ordered=self._ordered_decode(scratch),
             counters=scratch.prefill if tiles.shape[0] <= MAX_SHARED_TILES else None,
             prefix_blocks=prefix_blocks,
             most_rows=most_rows,
@@ -304,7 +256,7 @@ class CudaOps:
         is_long: bool = False,
     ) -> CudaStep:
         """A step of decode rows alone, all on the device: what a graph is captured from. `is_long`
-        makes it faster where contexts are long, with the same bits (see `choose_stages`)."""
+        makes it faster where contexts are long (see `choose_stages`, `DecodeWork.for_contexts`)."""
         batch = rows.token_ids.shape[0]
         attention = Attention(
             rows=rows,
@@ -312,12 +264,19 @@ class CudaOps:
             starts=starts,
             tiles=None,
             tile_shape=None,
-            work=scratch.decode,
+            work=scratch.decode.for_contexts(geometry.head_dim, batch, is_long=is_long),
             pdl=self.pdl,
             is_long=is_long,
+            ordered=self._ordered_decode(scratch),
         )
         products = self.products(batch, geometry.norm_eps, scratch)
         return CudaStep(rows, kv, geometry, products, attention, None)
+
+    def _ordered_decode(self, scratch: Scratch) -> OrderedDecodeWork | None:
+        if not self.deterministic:
+            return None
+        assert scratch.ordered is not None
+        return scratch.ordered.decode
 
 
 @frozen

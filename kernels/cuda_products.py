@@ -1,8 +1,9 @@
-"""The three ways in which a CUDA step multiplies, and the row-wise work around the products.
+"""The ways in which a CUDA step multiplies, and the row-wise work around the products.
 
 - `GemvProducts`: one row, weights streamed once at the memory's speed, norms folded in;
 - `SkinnyProducts`: up to 64 rows, the same with tensor cores;
-- `DenseProducts`: more rows, cuBLAS, and norms and gates as kernels of their own.
+- `DenseProducts`: more rows, cuBLAS, and norms and gates as kernels of their own;
+- `OrderedProducts`: any number of rows, with the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from agentrt.kernels import Normal
 from agentrt.kernels.gemv import ADD, GATE_UP, gemv
+from agentrt.kernels.ordered_products import OrderedWork, ordered_product
 from agentrt.kernels.rows import add_norm, embed, silu_mul
 from agentrt.kernels.skinny import MAX_ROWS, Normed, SkinnyWork, num_tiles, skinny
 
@@ -185,6 +187,51 @@ class DenseProducts:
 
     def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
         return self.linear(x, linear).float()
+
+
+@frozen
+class OrderedProducts:
+    """See `agentrt.kernels.ordered_products`."""
+
+    eps: float
+    work: OrderedWork
+    pdl: bool
+
+    def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = _embedded(rows, table, pdl=self.pdl)
+        return hidden, self._norm(hidden, norm, None)
+
+    def linear(self, x: Tensor, linear: CudaLinear) -> Tensor:
+        return self._product(x, linear, x.new_empty(len(x), len(linear.weight)))
+
+    def add_norm(
+        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
+    ) -> Tensor:
+        self._product(x, linear, hidden, kind=ADD)
+        return self._norm(hidden, norm, outputs)
+
+    def gate_up(self, x: Tensor, linear: CudaLinear) -> Tensor:
+        out = x.new_empty(len(x), len(linear.weight) // 2)
+        return self._product(x, linear, out, kind=GATE_UP)
+
+    def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+        out = x.new_empty(len(x), len(linear.weight), dtype=torch.float32)
+        return self._product(x, linear, out)
+
+    def _norm(self, hidden: Tensor, norm: Tensor, outputs: Tensor | None) -> Tensor:
+        return add_norm(hidden, None, norm, self.eps, outputs, is_exact=True, pdl=self.pdl)
+
+    def _product(self, x: Tensor, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
+        return ordered_product(
+            linear.weight,
+            x,
+            out,
+            self.work,
+            kind=kind,
+            scales=linear.scales,
+            bias=linear.bias,
+            pdl=self.pdl,
+        )
 
 
 def _embedded(

@@ -138,10 +138,11 @@ def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: st
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
     if weights not in ("auto", "fp8"):
         raise ConfigError(f"weights={weights!r} is not available on CUDA: use 'auto' or 'fp8'")
-    if deterministic:
+    if deterministic and dtype == "float32":
         raise ConfigError(
-            "deterministic=True is not available on CUDA: cuBLAS picks the order of its sums by "
-            "the number of rows"
+            "deterministic=True with dtype='float32' is not available on CUDA, where float32 runs "
+            "on plain torch and cuBLAS picks the order of its sums by the number of rows: leave "
+            "dtype at 'auto' (bfloat16)"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     if dtype == "float32":
@@ -154,6 +155,8 @@ def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: st
     from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
 
     is_fp8 = weights == "fp8"
-    triton_ops = CudaOps(device, fp8=is_fp8, cudnn=long_prefill == "auto")
+    cudnn = long_prefill == "auto" and not deterministic
+    triton_ops = CudaOps(device, fp8=is_fp8, deterministic=deterministic, cudnn=cudnn)
     name = "fp8" if is_fp8 else "bfloat16"
-    return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name)
+    note = "deterministic" if deterministic else ""
+    return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name, note=note)

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from agentrt.kernels import Geometry
+from agentrt.kernels.dependent import start_next, wait_previous
+from agentrt.kernels.exact import exact_options
 
 
 @triton.jit
@@ -52,7 +54,10 @@ def rotate(
     return values * cosines[None, :] + turned * sines[None, :]
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+@triton.jit(
+    do_not_specialize=["num_decode"],
+    do_not_specialize_on_alignment=["slots", "positions", "starts"],
+)
 def append_kernel(
     qkv,  # [rows, (heads + 2 * kv_heads) * D]; query heads are turned in place
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
@@ -60,6 +65,8 @@ def append_kernel(
     tables,  # [slots, TABLE]
     slots,  # [rows]
     positions,  # [rows]; negative: an idle row, of which nothing is kept
+    starts,  # [num_decode + 1]; a decode row that ends where it starts is idle too
+    num_decode,
     cos,  # [context, D / 2]
     sin,
     query_norm,
@@ -72,11 +79,17 @@ def append_kernel(
     TABLE: tl.constexpr,
     NORM: tl.constexpr,
     HP: tl.constexpr,  # HEADS + KV_HEADS, padded to a power of two
+    PDL: tl.constexpr,
 ):
     """Of one row: turn queries and keys, and write keys and values into their block."""
+    start_next(PDL)
+    wait_previous(PDL)
     row = tl.program_id(0)
     position = tl.load(positions + row)
-    if position < 0:
+    is_decode = row < num_decode
+    start_tile = tl.load(starts + row, mask=is_decode, other=0)
+    end_tile = tl.load(starts + row + 1, mask=is_decode, other=1)
+    if position < 0 or start_tile == end_tile:
         return
     place = tables + tl.load(slots + row).to(tl.int64) * TABLE + position // BLOCK_TOKENS
     block = tl.load(place).to(tl.int64)
@@ -113,8 +126,14 @@ def append_heads(
     positions: Tensor,
     geometry: Geometry,
     norms: tuple[Tensor, Tensor] | None,
+    *,
+    starts: Tensor | None = None,
+    is_exact: bool = False,
+    pdl: bool = False,
 ) -> None:
-    """Turn the rows' queries in place, and append their keys and values to the pool."""
+    """Turn the rows' queries in place, and append their keys and values to the pool. `starts`
+    are the first tiles of the decode rows, if those are here too (see `attention_decode`);
+    `is_exact`: see `exact`."""
     heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
     append_kernel[(qkv.shape[0],)](
         qkv,
@@ -123,6 +142,8 @@ def append_heads(
         tables,
         slots,
         positions,
+        positions if starts is None else starts,
+        0 if starts is None else len(starts) - 1,
         geometry.cos,
         geometry.sin,
         geometry.cos if norms is None else norms[0],
@@ -135,5 +156,7 @@ def append_heads(
         tables.shape[1],
         norms is not None,
         triton.next_power_of_2(heads + kv_heads),
+        pdl,
         num_warps=4,
+        **exact_options(pdl, is_exact),
     )

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agentrt.kernels.dependent import start_next, wait_previous
+from agentrt.kernels.exact import exact_options
 from agentrt.kernels.gemv import launch_options
 from agentrt.kernels.skinny import MAX_ROWS, Normed
 
@@ -124,7 +125,10 @@ def add_norm_kernel(
     NP: tl.constexpr,
     ADD: tl.constexpr,
     SELECT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_previous(PDL)
     row = tl.program_id(0)
     source = row.to(tl.int64)
     if SELECT:
@@ -148,9 +152,12 @@ def add_norm(
     norm: Tensor,
     eps: float,
     rows: Tensor | None = None,
+    *,
+    is_exact: bool = False,
+    pdl: bool = False,
 ) -> Tensor:
     """hidden += change, in place, and its root-mean-square norm in the norm's dtype. With `rows`
-    only the norm of those rows is made, and hidden stays as it is."""
+    only the norm of those rows is made, and hidden stays as it is. `is_exact`: see `exact`."""
     count, width = hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]
     out = norm.new_empty(count, width)
     if count:
@@ -165,7 +172,9 @@ def add_norm(
             triton.next_power_of_2(width),
             change is not None,
             rows is not None,
+            pdl,
             num_warps=8,
+            **exact_options(pdl, is_exact),
         )
     return out
 

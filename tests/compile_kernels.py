@@ -17,6 +17,10 @@ from agentrt.kernels.attention_decode import (
 )
 from agentrt.kernels.attention_prefill import PrefillTiles, prefill_attention_kernel
 from agentrt.kernels.gemv import ADD, GATE_UP, STORE, GemvTiles, gemv_kernel
+from agentrt.kernels.ordered_attention import SPLIT, tile_of
+from agentrt.kernels.ordered_decode import ROWS, ordered_decode_kernel
+from agentrt.kernels.ordered_prefill import ordered_prefill_kernel, ordered_tiles
+from agentrt.kernels.ordered_products import TOKEN_TILES, OrderedTiles, ordered_kernel
 from agentrt.kernels.skinny import SkinnyTiles, num_tiles, skinny_kernel
 
 DUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -26,7 +30,7 @@ POINTERS = {
     "*fp32": "scales squares next_squares partial cos sin peaks prefix_lse",
     "*i32": "counters tables slots positions starts tiles",
     "fp32": "eps scale",
-    "i32": "batch capacity prefix num_rows_all",
+    "i32": "batch capacity prefix num_rows_all num_tokens",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 PRODUCTS = (
@@ -36,9 +40,9 @@ PRODUCTS = (
 )
 
 
-def compiled(kernel, constants, **options):
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+def compiled(kernel, constants, types=None, **options):
+    names, kinds = kernel.arg_names, TYPES | (types or {})
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -57,6 +61,7 @@ def compiled(kernel, constants, **options):
         "local": int(local),
         "shared": made.metadata.shared,
         "ptx": made.asm["ptx"],
+        "layouts": sorted(set(re.findall(r"#ttg.nvidia_mma<{[^}]*}>", made.asm["ttgir"]))),
     }
 
 
@@ -74,16 +79,15 @@ def products(name, rows, columns, kind):
     shared |= {"SPLITS": skinny.splits, "BK": skinny.columns, "PREFETCH": skinny.prefetch}
     shared |= {"PARTS": 64, "NEXT": kind == ADD}
     for batch in (16, 32, 64):
-        stages = min(skinny.num_stages, 3) if batch == 64 else skinny.num_stages
-        constants = {**shared, "BP": batch, "STAGES": stages}
+        constants = {**shared, "BP": batch, "STAGES": skinny.num_stages(batch)}
         made = compiled(skinny_kernel, constants, num_warps=4, launch_pdl=True)
-        yield f"skinny_{name}_{batch}", made
+        yield f"skinny_{name}_{batch}", made | {"is_deep": skinny.is_deep}
 
 
 def attention(dim):
     shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
     constants = {**shared, "TILE": tile_tokens(dim), "BP": 64, "NORM": False, "PDL": True}
-    for batch, is_long in ((1, False), (32, False), (1, True)):
+    for batch, is_long in ((1, False), (32, False), (32, True)):
         stages = choose_stages(dim, batch, is_long=is_long)
         constants |= {"THREADS": 128, "STAGES": stages}
         made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
@@ -96,12 +100,47 @@ def attention(dim):
         yield f"prefill_{dim}_{length}", made
 
 
+def ordered_products(name, rows, columns, kind):
+    """One matrix for every kind of tile."""
+    for tokens in (1, 32, 64, 128, 200, 2048):
+        tiles = OrderedTiles.choose(rows, columns, tokens, kind)
+        constants = {"N": rows, "K": columns, "KIND": kind, "SPLITS": tiles.splits}
+        constants |= {"SHARED": tiles.is_shared, "R": tiles.rows, "BK": tiles.columns}
+        constants |= {"BP": tiles.tokens, "GROUP": TOKEN_TILES, "STAGES": tiles.num_stages}
+        constants |= {"SCALED": False, "BIAS": False, "PREFETCH": 256, "PDL": tiles.rows == 64}
+        made = compiled(
+            ordered_kernel,
+            constants,
+            {"out": "*fp32"} if kind == ADD else {},
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=False,
+            launch_pdl=tiles.rows == 64,
+        )
+        yield f"ordered_{name}_{tokens}", made
+
+
+def ordered_attention(dim):
+    shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
+    shared |= {"TILE": tile_of(dim), "SPLIT_TOKENS": SPLIT}
+    constants = {**shared, "BP": 64, "STAGES": 2, "M": ROWS, "PDL": True}
+    exact = {"enable_fp_fusion": False}
+    made = compiled(ordered_decode_kernel, constants, num_warps=4, launch_pdl=True, **exact)
+    yield f"ordered-decode_{dim}", made
+    for length in (200, 2048):
+        shape = ordered_tiles(dim, length, 8, 4)
+        constants = {**shared, "M": shape.rows, "STAGES": shape.num_stages}
+        made = compiled(ordered_prefill_kernel, constants, num_warps=shape.num_warps, **exact)
+        yield f"ordered-prefill_{dim}_{length}", made
+
+
 def main():
     found = {}
     for product in PRODUCTS:
         found |= products(*product)
+        found |= ordered_products(*product)
     for dim in (64, 128):
         found |= attention(dim)
+        found |= ordered_attention(dim)
     print(json.dumps(found))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx
 from fakes import TEMPLATE, byte_tokenizer
+from gpu import dot_in_order
 
 import agentrt
 import agentrt.cache
@@ -44,6 +45,15 @@ def blockbuster() -> Iterator[BlockBuster]:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     """A real tokenizer without merges: a token a byte, and the tokens that mark turns."""
     return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `gpu.dot_in_order`; on a GPU the tensor cores do so."""
+    if not torch.cuda.is_available():
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order())
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,10 @@
 (graphs, races, bits of the tensor cores) is marked `gpu`, and skipped without one.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +25,17 @@ interpreted = [
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Of the whole, in the Frobenius norm. NaN never passes a comparison with it."""
     return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+def dot_in_order() -> Callable[..., Any]:
+    """The interpreter's product of tiles, summed as the tensor cores do: one column after another.
+    numpy's own picks an order by the shape."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def create_dot(self: object, a: Any, b: Any, acc: Any, *_: object) -> Any:
+        total = acc.data.copy()
+        for k in range(a.data.shape[-1]):
+            total += a.data[:, k, None] * b.data[None, k]
+        return TensorHandle(total.astype(np.float32), acc.dtype.scalar)
+
+    return create_dot

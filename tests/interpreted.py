@@ -65,12 +65,12 @@ def step_device() -> StepDevice:
     return CudaDevice() if HAS_GPU else InterpretedDevice()
 
 
-def open_runner(folder: Path, config: ResolvedConfig) -> CudaRunner:
+def open_runner(folder: Path, config: ResolvedConfig, *, deterministic: bool = False) -> CudaRunner:
     """Of a model with weights that are the same each time; `folder` is for its config.json."""
     (folder / "config.json").write_text(json.dumps(SHAPE))
     plain = EngineConfig(device="cpu", dtype="bfloat16", random_weights=True)
     spec = load_model(folder, plain).model.spec
-    ops = CudaOps(DEVICE, pdl=HAS_GPU)
+    ops = CudaOps(DEVICE, pdl=HAS_GPU, deterministic=deterministic)
     generator = torch.Generator().manual_seed(1)
 
     def tensors():

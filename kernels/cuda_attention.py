@@ -1,0 +1,120 @@
+"""Attention of a CUDA step: decode rows and chunks over the paged pool."""
+
+from __future__ import annotations
+
+from attrs import frozen
+from torch import Tensor
+
+from agentrt.kernels import Geometry
+from agentrt.kernels.attention_decode import (
+    DecodeRows,
+    DecodeWork,
+    choose_stages,
+    decode_attention,
+)
+from agentrt.kernels.attention_prefill import PrefillTiles, Prefix, prefill_attention
+from agentrt.kernels.attention_prefix import attend_prefix
+from agentrt.kernels.cuda_products import Rows
+from agentrt.kernels.ordered_decode import OrderedDecodeWork, ordered_decode
+from agentrt.kernels.ordered_prefill import ordered_prefill
+from agentrt.kernels.rotary import append_heads
+
+
+@frozen(kw_only=True)
+class Attention:
+    """Decode rows first (their tiles in `starts`), then the chunks that `tiles` describes."""
+
+    rows: Rows
+    num_decode: int
+    starts: Tensor | None  # [num_decode + 1]
+    tiles: Tensor | None  # [programs, 4]
+    tile_shape: PrefillTiles | None
+    work: DecodeWork
+    pdl: bool
+    is_long: bool = False  # the decode rows' contexts, see `choose_stages`
+    ordered: OrderedDecodeWork | None = None  # if the sums have one order
+    counters: Tensor | None = None  # of tiles that programs share, zero
+    prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
+    most_rows: int = 0  # of any chunk
+
+    def attend(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        norms: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        out = qkv.new_empty(qkv.shape[0], geometry.num_heads * geometry.head_dim)
+        if self.ordered is not None:
+            return self._in_order(qkv, kv, out, geometry, norms, self.ordered)
+        rows, num = self.rows, self.num_decode
+        if num:
+            assert self.starts is not None
+            decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)
+            decode_attention(
+                qkv[:num],
+                kv,
+                out[:num],
+                decode,
+                self.work,
+                geometry.cos,
+                geometry.sin,
+                norms=norms,
+                eps=geometry.norm_eps,
+                num_stages=choose_stages(geometry.head_dim, num, is_long=self.is_long),
+                pdl=self.pdl,
+            )
+        if self.tiles is not None:
+            assert self.tile_shape is not None
+            slots, positions = rows.slots[num:], rows.positions[num:]
+            append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
+            prefill_attention(
+                qkv[num:],
+                kv,
+                out[num:],
+                rows.tables,
+                self.tiles,
+                self.tile_shape,
+                self._prefix(qkv[num:], kv, geometry),
+                self.counters,
+            )
+        return out
+
+    def _in_order(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        geometry: Geometry,
+        norms: tuple[Tensor, Tensor] | None,
+        work: OrderedDecodeWork,
+    ) -> Tensor:
+        rows, num = self.rows, self.num_decode
+        append_heads(
+            qkv,
+            kv,
+            rows.tables,
+            rows.slots,
+            rows.positions,
+            geometry,
+            norms,
+            starts=self.starts,
+            is_exact=True,
+            pdl=self.pdl,
+        )
+        if num:
+            assert self.starts is not None
+            decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)
+            ordered_decode(qkv[:num], kv, out[:num], decode, work, pdl=self.pdl)
+        if self.tiles is not None:
+            assert self.tile_shape is not None
+            ordered_prefill(qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape)
+        return out
+
+    def _prefix(self, qkv: Tensor, kv: Tensor, geometry: Geometry) -> Prefix | None:
+        if self.prefix_blocks is None:
+            return None
+        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)[:, : geometry.num_heads]
+        shape = (len(qkv), geometry.num_kv_heads, -1, geometry.head_dim)
+        grouped = heads.reshape(shape)
+        return attend_prefix(grouped, kv, self.prefix_blocks, self.most_rows)
