@@ -60,8 +60,8 @@ CUDA_LIMITS = DraftLimits(
     guesses_a_request=1.0,
 )
 # Keys and values that a decode step reads in a layer, from which on its contexts count as long (see
-# `choose_stages`): between 32 rows of 1,024 tokens (1B shape, 76 MB) and 8 of 16,384 (270).
-LONG_KV_BYTES = 128 << 20
+# `choose_stages`). To be measured: `benchmarks/gpu_kernels.py --only attention`.
+LONG_KV_BYTES = 16 << 20
 
 
 @frozen
