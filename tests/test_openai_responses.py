@@ -163,6 +163,64 @@ async def test_what_is_stored_can_be_read_and_deleted(tokenizer, template):
         assert refused.value.param == "previous_response_id"
 
 
+async def test_what_a_response_was_made_from_is_listed(tokenizer, template):
+    texts = ["Wait. " + call_text("add", '{"a": 2, "b": 3}'), "It is 5.", "Bye."]
+    async with scripted(tokenizer, template, texts) as engine:
+        client = engine.openai()
+        first = await respond(
+            client, [{"role": "developer", "content": "Add."}, {"role": "user", "content": "2+3?"}],
+            tools=RESPONSE_TOOLS, instructions="Be short.",
+        )  # fmt: skip
+        call = first.output[1]
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+        second = await respond(
+            client, [result], tools=RESPONSE_TOOLS, previous_response_id=first.id
+        )
+        listed = client.responses.input_items
+        items = (await listed.list(second.id, order="asc")).data
+        assert [item.type for item in items] == [
+            "message", "message", "message", "function_call", "function_call_output",
+        ]  # fmt: skip
+        assert [item.role for item in items[:3]] == ["developer", "user", "assistant"]
+        assert [item.content[0].text for item in items[:3]] == ["Add.", "2+3?", "Wait. "]
+        assert [item.id for item in items[2:4]] == [item.id for item in first.output]
+        assert (items[4].call_id, items[4].output) == (call.call_id, "5")
+        # newest first unless it is asked otherwise; pages follow one another
+        newest = await listed.list(second.id, limit=2)
+        assert newest.has_more
+        walked = [item.id async for item in listed.list(second.id, limit=2)]
+        assert walked == [item.id for item in reversed(items)]
+        # items that are given whole come back as they went in
+        again = [item.model_dump(exclude_none=True) for item in items]
+        third = await respond(client, again, tools=RESPONSE_TOOLS)
+        assert (await listed.list(third.id, order="asc")).data == items
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ({"limit": "0"}, "limit"),
+        ({"limit": "many"}, "limit"),
+        ({"order": "up"}, "order"),
+        ({"after": "msg_0"}, "after"),
+        ({"include": ["message.output_text.logprobs"]}, "include[]"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+async def test_a_query_is_checked_as_a_body_is(tokenizer, template, query, param):
+    async with scripted(tokenizer, template, ["a"]) as engine:
+        client = engine.openai()
+        made = await respond(client)
+        path = f"/responses/{made.id}/input_items"
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.get(path, cast_to=object, options={"params": query})
+        assert refused.value.param == param
+        with pytest.raises(openai.BadRequestError, match="unknown parameter 'stream'"):
+            await client.responses.retrieve(made.id, stream=True)
+        with pytest.raises(openai.NotFoundError, match="is not stored"):
+            await client.responses.input_items.list("resp_0")
+
+
 async def test_an_answer_that_is_cut_off_is_incomplete(tokenizer, template):
     async with scripted(tokenizer, template, ["Hello!"] * 2) as engine:
         client = engine.openai()

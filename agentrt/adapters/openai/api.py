@@ -18,6 +18,7 @@ from agentrt.adapters.openai.chat_answer import ChatAnswer
 from agentrt.adapters.openai.chat_chunks import ChatHeader
 from agentrt.adapters.openai.chat_request import read_chat_request
 from agentrt.adapters.openai.fields import read_json
+from agentrt.adapters.openai.input_items import page, read_query
 from agentrt.adapters.openai.refusal import Refusal, refusal_of
 from agentrt.adapters.openai.responses_answer import ResponsesAnswer
 from agentrt.adapters.openai.responses_request import read_responses_request
@@ -28,7 +29,6 @@ from agentrt.parsers_families import LLAMA_PYTHONIC
 
 if TYPE_CHECKING:
     from agentrt.engine import Engine
-    from agentrt.types import Message
 
 INLINE_BYTES = 1 << 16  # a body of this size is read in about 1 ms; more must not hold the loop up
 _PREFIX = "/v1"
@@ -52,10 +52,10 @@ class Api:
     def _new_asking(self) -> Asking:
         return Asking(self.engine, self.engine.text)
 
-    async def answer(self, method: str, path: str, body: bytes) -> Answer:
+    async def answer(self, method: str, path: str, body: bytes, query: str = "") -> Answer:
         """Never raises for what the caller or the engine did wrong: that becomes an error body."""
         try:
-            return await self._routed(method, unquote(path).rstrip("/"), body)
+            return await self._routed(method, unquote(path).rstrip("/"), body, query)
         except Refusal as refusal:
             return refused(refusal)
         except AgentrtError as exc:
@@ -65,7 +65,7 @@ class Api:
         """Forget all conversations."""
         await self.asking.affinity.aclose()
 
-    async def _routed(self, method: str, path: str, body: bytes) -> Answer:
+    async def _routed(self, method: str, path: str, body: bytes, query: str) -> Answer:
         if not path.startswith(f"{_PREFIX}/"):
             raise _unknown(method, path, f"all paths begin with {_PREFIX}/")
         name, _, rest = path.removeprefix(f"{_PREFIX}/").partition("/")
@@ -76,7 +76,7 @@ class Api:
             _check_method(method, path, "POST")
             return await self._chat(await _value(body))
         if name == "responses":
-            return await self._responses(method, path, rest, body)
+            return await self._responses(method, path, rest, body, query)
         known = "known are /v1/chat/completions, /v1/responses and /v1/models"
         raise _unknown(method, path, _WHY_NOT.get(name, known))
 
@@ -127,13 +127,21 @@ class Api:
 
     # ---- responses
 
-    async def _responses(self, method: str, path: str, rest: str, body: bytes) -> Answer:
+    async def _responses(
+        self, method: str, path: str, rest: str, body: bytes, query: str
+    ) -> Answer:
         if not rest:
             _check_method(method, path, "POST")
             return await self._respond(await _value(body))
-        if "/" in rest:
-            raise _unknown(method, path, "known are /v1/responses and /v1/responses/ID")
+        response_id, _, part = rest.partition("/")
+        if part == "input_items":
+            _check_method(method, path, "GET")
+            return json_answer(page(self.responses.get(response_id).items, query))
+        if part:
+            known = "known are /v1/responses, /v1/responses/ID and /v1/responses/ID/input_items"
+            raise _unknown(method, path, known)
         _check_method(method, path, "GET", "DELETE")
+        read_query(query)
         if method == "GET":
             return json_answer(self.responses.get(rest).response)
         self.responses.delete(rest)
@@ -143,12 +151,12 @@ class Api:
         request = read_responses_request(value)
         self.check_model(request.model)
         response_id = f"resp_{uuid4().hex}"
-        before: tuple[Message, ...] = ()
-        affinity = response_id  # of the first one in a row
-        if request.previous_response_id is not None:
+        if request.previous_response_id is None:
+            request = request.following((), response_id)
+        else:
             previous = self.responses.get(request.previous_response_id, "previous_response_id")
-            before, affinity = previous.messages, previous.affinity
-        request = request.following(before, affinity)
+            earlier = (*previous.items, *previous.response["output"])
+            request = request.following(previous.messages, previous.affinity, earlier)
         asked = await self.asking.ask(request.wanted)
         form = ResponsesAnswer(
             id=response_id,

@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 
 from agentrt.adapters.openai import fields, settings
 from agentrt.adapters.openai.fields import Required, Table
+from agentrt.adapters.openai.input_items import Item
 from agentrt.adapters.openai.messages import (
     MOST_MESSAGES,
     read_arguments,
@@ -167,14 +168,18 @@ class ResponsesRequest:
     streams: bool
     stores: bool
     echo: Mapping[str, Any]  # what the response repeats of the body
+    earlier: tuple[Item, ...] = ()  # of the responses before: what they read and wrote
 
-    def following(self, before: Sequence[Message], affinity: str) -> ResponsesRequest:
-        """The same after the messages of the responses before."""
+    def following(
+        self, before: Sequence[Message], affinity: str, earlier: Sequence[Item] = ()
+    ) -> ResponsesRequest:
+        """The same after the messages and items of the responses before."""
         messages = (*before, *_messages(self.items, before))
         if self.instructions is not None:
             messages = (Message(role="system", content=self.instructions), *messages)
         affinity = self.wanted.affinity or affinity
-        return evolve(self, wanted=evolve(self.wanted, messages=messages, affinity=affinity))
+        wanted = evolve(self.wanted, messages=messages, affinity=affinity)
+        return evolve(self, wanted=wanted, earlier=tuple(earlier))
 
 
 def _messages(items: Sequence[Mapping[str, Any]], before: Sequence[Message]) -> list[Message]:

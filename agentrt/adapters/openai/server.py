@@ -71,7 +71,8 @@ class Application:
 
     async def _answer(self, request: Request, body: bytes) -> Answer:
         try:
-            return await self.api.answer(request.method, request.url.path, body)
+            url = request.url
+            return await self.api.answer(request.method, url.path, body, url.query)
         except Exception:
             _logger.exception("a request failed for a reason that it should not have")
             failed = Refusal("the server failed; its log says why", status=500, kind=FAILED)

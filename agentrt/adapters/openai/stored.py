@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from agentrt.adapters.openai.input_items import Item, shown
 from agentrt.adapters.openai.messages import read_arguments
 from agentrt.adapters.openai.refusal import Refusal
 from agentrt.types import Message, ToolCall
@@ -21,9 +22,11 @@ MOST_CHARACTERS = 1 << 26  # of the messages of all of them
 
 @frozen
 class Stored:
-    """A response, the messages up to its end but for the instructions, and its conversation."""
+    """A response, what it was made from but for the instructions (as items, and with its own
+    message as messages), and its conversation."""
 
     response: Mapping[str, Any]
+    items: tuple[Item, ...]
     messages: tuple[Message, ...]
     affinity: str
     num_characters: int
@@ -45,7 +48,9 @@ class Responses:
         messages = (*messages, _said(response["output"]))
         size = sum(len(message.content) for message in messages)
         assert request.wanted.affinity is not None
-        self._by_id[response["id"]] = Stored(response, messages, request.wanted.affinity, size)
+        items = (*request.earlier, *shown(request.items))
+        affinity = request.wanted.affinity
+        self._by_id[response["id"]] = Stored(response, items, messages, affinity, size)
         self._num_characters += size
         while len(self._by_id) > 1 and (
             len(self._by_id) > MOST_RESPONSES or self._num_characters > MOST_CHARACTERS

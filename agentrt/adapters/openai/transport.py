@@ -28,7 +28,8 @@ def transport(http: ModuleType, api: Api) -> Any:
             body = await request.aread()
             limit_s = read_limit_s(request)
             with _timed(http, request, limit_s):
-                answer = await api.answer(request.method, request.url.path, body)
+                query = request.url.query.decode("ascii")
+                answer = await api.answer(request.method, request.url.path, body, query)
             headers = dict(answer.headers)
             if isinstance(answer.body, bytes):
                 return http.Response(answer.status, headers=headers, content=answer.body)
