@@ -4,13 +4,12 @@ equally likely, either may come, and what follows then is another text."""
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pytest
 import torch
-from attrs import define, field
 from fakes import make_request
 from gpu import DEVICE, HAS_GPU, interpreted
 from interpreted import Drive, open_runner, small_config
+from told import Told, told
 
 from agentrt import GenerateOptions
 from agentrt.cuda_runner import CUDA_LIMITS, CudaRunner
@@ -40,35 +39,6 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaRunner]:
 def plain(runner: CudaRunner) -> list[list[int]]:
     """What follows PROMPTS, without drafts."""
     return Drive(runner, None).run(requests_of(PROMPTS, 40))
-
-
-@define
-class Told(Drafter):
-    """Guesses what it was told will come; of the output tokens in `wrong`, something else."""
-
-    texts: Sequence[tuple[int, list[int]]] = ()  # prompt's length, and prompt and output
-    wrong: frozenset[int] = frozenset()
-    longest: int = 7
-    seen: list[int] = field(factory=list, init=False)
-
-    def _guess(self, words, namespace, num_tokens, num_untold):
-        num_prompt, text = next(
-            one for one in self.texts if one[1][: one[0]] == words[: one[0]].tolist()
-        )
-        begin = len(words) + num_untold
-        guess = np.array(text[begin : begin + min(num_tokens, self.longest)], dtype=np.int32)
-        for place in range(len(guess)):
-            if begin + place - num_prompt in self.wrong:
-                guess[place] = (guess[place] + 1) % 250
-        self.seen.append(len(guess))
-        return guess
-
-
-def told(prompts: Sequence[list[int]], outputs: Sequence[list[int]], **options) -> Told:
-    texts = [
-        (len(prompt), prompt + output) for prompt, output in zip(prompts, outputs, strict=True)
-    ]
-    return Told(CUDA_LIMITS, texts=texts, **options)
 
 
 def requests_of(prompts: Sequence[list[int]], num_tokens: int, **options) -> list[Request]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import DEVICE, needs_gpu, relative_error
+from told import told
 
-from agentrt import Engine, EngineConfig, GenerateOptions
+from agentrt import Completion, Engine, EngineConfig, GenerateOptions
 from agentrt.kernels import Segment
 from agentrt.models.load import load_model
 
@@ -75,6 +76,57 @@ async def test_greedy_tokens_are_the_largest_of_float32_or_near(folder: Path) ->
         logits = (await asyncio.to_thread(float32_logits, folder, tokens))[len(prompt) - 1 : -1]
         got = logits.gather(1, torch.tensor(one.token_ids, device=DEVICE)[:, None])[:, 0]
         assert (logits.max(-1).values - got).max() < 0.1 * logits.std()
+
+
+REPEATED = [[(5 * i + k) % 31 + 40 * k for i in range(4 + k)] * 12 for k in range(1, 7)]
+
+
+async def assert_no_clear_token_changed(
+    folder: Path, plain: list[Completion], drafted: list[Completion], prompts: list[list[int]]
+) -> None:
+    """Each token is the largest of float32 or near, and the first one that differs, if any, is one
+    of two that are near each other: rows of a draft go through other kernels than rows alone."""
+    for prompt, one, other in zip(prompts, plain, drafted, strict=True):
+        tokens = [*prompt, *other.token_ids]
+        logits = (await asyncio.to_thread(float32_logits, folder, tokens))[len(prompt) - 1 : -1]
+        got = logits.gather(1, torch.tensor(other.token_ids, device=DEVICE)[:, None])[:, 0]
+        assert (logits.max(-1).values - got).max() < 0.1 * logits.std()
+        pairs = enumerate(zip(one.token_ids, other.token_ids, strict=True))
+        differ = next((i for i, (a, b) in pairs if a != b), None)
+        if differ is not None:
+            mine, its = (logits[differ, each.token_ids[differ]] for each in (other, one))
+            assert abs(mine - its) < 0.1 * logits.std()
+
+
+@pytest.mark.parametrize("wrong", [frozenset(), frozenset(range(0, 40, 3))])
+async def test_drafts_change_no_clear_token(folder: Path, wrong: frozenset[int]) -> None:
+    """Drafts of what comes without them, with some tokens wrong, at one request and at six."""
+    options = GenerateOptions(max_tokens=40, ignore_eos=True)
+    async with Engine(folder, config(speculation=False)) as engine:
+        plain = await asyncio.gather(*(engine.generate(p, options) for p in REPEATED))
+    async with Engine(folder, config()) as engine:
+        drafter = told(REPEATED, [one.token_ids for one in plain], wrong=wrong)
+        engine._open.loop.scheduler.drafter = drafter
+        alone = await engine.generate(REPEATED[0], options)
+        drafted = await asyncio.gather(*(engine.generate(p, options) for p in REPEATED))
+        await engine.check()
+        stats = engine.stats()
+    assert stats.accepted_tokens > 40  # a text that has left the other one has no right drafts
+    assert (stats.accepted_tokens < stats.drafted_tokens - 20) or not wrong
+    await assert_no_clear_token_changed(folder, plain, drafted, REPEATED)
+    await assert_no_clear_token_changed(folder, plain[:1], [alone], REPEATED[:1])
+
+
+async def test_speculation_changes_no_clear_token(folder: Path) -> None:
+    """As an engine drafts by itself, greedily: what it repeats of its own text."""
+    options = GenerateOptions(max_tokens=120, ignore_eos=True)
+    done = {}
+    for speculation in (False, True):
+        async with Engine(folder, config(speculation=speculation)) as engine:
+            asked = [engine.generate(prompt, options) for prompt in REPEATED[:3]]
+            done[speculation] = await asyncio.gather(*asked)
+            await engine.check()
+    await assert_no_clear_token_changed(folder, done[False], done[True], REPEATED[:3])
 
 
 async def test_draws_are_repeatable_whatever_is_beside_them(folder: Path) -> None:
