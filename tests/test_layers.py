@@ -18,7 +18,7 @@ LAYERS = [
     {"kernels", "cache"},
     {
         *("docstring", "gguf_file", "gguf_model", "grammar", "grammar_calls", "grammar_masks"),
-        "grammar_python",
+        *("grammar_patterns", "grammar_python", "grammar_schemas"),
         *("model_folder", "models", "parsers", "parsers_cursor", "parsers_families"),
         *(
             "parsers_python",
@@ -50,6 +50,7 @@ LAYERS = [
     {"submission"},
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
+        "decode_persistent",
         *("mixed_graph", "step_device", "step_rows", "transfer", "transfer_cuda"),
     },
     {"loop"},
@@ -67,6 +68,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 MAY_IMPORT_TORCH = {"kernels", "models", "weights", "batch", "sampler", "runner"}
 MAY_IMPORT_TORCH |= {"cuda_inputs", "cuda_runner", "decode_graph", "mixed_graph", "step_device"}
+MAY_IMPORT_TORCH |= {"decode_persistent"}
 MAY_IMPORT_TORCH |= {"transfer_cuda"}
 NEVER_EACH_OTHER = [("kernels", "cache"), ("cache", "kernels")]
 ROOTS = {
