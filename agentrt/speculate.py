@@ -205,8 +205,6 @@ class Drafter:
         found = continuation(words, words, wanted, least)
         if not len(found) and namespace in self._recent:
             found = continuation(self._recent[namespace].tokens, words, wanted, least)
-        elif num_untold and 0 < len(found) < wanted:
-            # It came to the end of the request's own text, which repeats itself: a period of one
-            # token would leave nothing behind the untold one.
-            found = np.resize(found, wanted)
+        elif 0 < len(found) < wanted:
+            found = np.resize(found, wanted)  # the text's own end: it repeats itself
         return found[num_untold:]

@@ -231,6 +231,5 @@ def test_long_contexts_have_graphs_of_their_own(
     assert_same(runner, PROMPTS, [output[:3] for output in plain], got[:2])
     assert asked == [True, True, False, False, False]
     for bucket in (1, 2, 4):
-        assert runner.graphs.get(bucket, is_long=True) is not runner.graphs.get(
-            bucket, is_long=False
-        )
+        graphs = [runner.graphs.get(bucket, is_long=is_long) for is_long in (False, True)]
+        assert (graphs[0] is not graphs[1]) == runner.graphs._differs_if_long(bucket)

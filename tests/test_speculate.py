@@ -6,13 +6,22 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from fakes import EOS, FakeEngine, logits_after, until
+from fakes import EOS, FakeEngine, logits_after, make_request, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt import GenerateOptions
 from agentrt.grammar import regex
-from agentrt.speculate import MAX_DRAFT_TOKENS, MIN_MATCH_TOKENS, Pace, Recent, continuation
+from agentrt.speculate import (
+    CPU_LIMITS,
+    MAX_DRAFT_TOKENS,
+    MIN_MATCH_TOKENS,
+    Drafter,
+    DraftLimits,
+    Pace,
+    Recent,
+    continuation,
+)
 
 ORDERS = [regex("<order id=[0-9]{3}" + end) for end in (">done", "[ab]", "done?", "")]
 small = st.lists(st.integers(0, 3), max_size=40)
@@ -51,6 +60,64 @@ def test_the_pace_follows_what_was_right():
     for _ in range(3):
         pace.note(3, 0)
     assert [pace.next() for _ in range(5)] == [0, 0, 0, 0, 2]
+
+
+class Forces:
+    """A grammar that leaves one text only, and takes any other too."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def forced_tokens(self):
+        return self.tokens
+
+    def num_allowed(self, tokens):
+        return len(tokens)
+
+
+def drafts_of(limits, *, forced=(), num_plain=1, step_tokens=100):
+    """Of a request whose grammar forces tokens, and some whose text repeats itself."""
+    requests = [make_request([5 + n, 7, 8] * 4, 60) for n in range(num_plain)]
+    if forced:
+        requests.insert(0, make_request([9], 60))
+        requests[0].constraint = Forces(list(forced))
+    drafter = Drafter(limits)
+    return drafter.draft_step(requests, step_tokens)
+
+
+def test_limits_say_which_drafts_are_made():
+    forced = range(30)
+    assert drafts_of(CPU_LIMITS) == [4]
+    assert drafts_of(CPU_LIMITS, num_plain=5) == [4, 4, 3, 0, 0]  # 16 rows
+    assert drafts_of(CPU_LIMITS, forced=forced) == [30, 0]
+    assert drafts_of(CPU_LIMITS, forced=forced, step_tokens=20) == [18, 0]
+    wide = DraftLimits(guess_rows=64, most_rows=24, least_tokens=7)
+    assert drafts_of(wide) == [7]
+    assert drafts_of(wide, num_plain=4) == [7, 7, 6, 0]  # 24 rows
+    assert drafts_of(wide, forced=forced, num_plain=3) == [20, 0, 0, 0]
+    assert drafts_of(DraftLimits(guess_rows=64, min_match_tokens=20)) == [0]
+
+
+def test_guesses_of_a_few_are_dropped_and_what_a_grammar_forces_is_not():
+    """Four tokens are expected of each of two that repeat themselves: with a third, they are fewer
+    than three for each."""
+    limits = DraftLimits(guess_rows=64, guesses_a_request=3.0)
+    assert drafts_of(limits, num_plain=2) == [4, 4]
+    assert drafts_of(limits, forced=[1, 2], num_plain=2) == [2, 0, 0]
+    assert limits.may_guess(16)
+    assert not limits.may_guess(17)
+    assert not CPU_LIMITS.may_guess(16)
+
+
+def test_behind_an_untold_token_the_guess_begins_one_later():
+    drafter = Drafter(DraftLimits(guess_rows=16))
+    for period in (1, 3, 5):
+        text = [10 + n % period for n in range(20)]
+        request = make_request(text, 20)
+        request.expect()
+        assert drafter.draft_step([request], 64) == [4]
+        got = request.tokens[request.num_tokens :][:4].tolist()
+        assert got == [10 + n % period for n in range(21, 25)]
 
 
 def test_recent_text_keeps_the_newest():
