@@ -256,7 +256,7 @@ class CudaOps:
         is_long: bool = False,
     ) -> CudaStep:
         """A step of decode rows alone, all on the device: what a graph is captured from. `is_long`
-        makes it faster where contexts are long, with the same bits (see `choose_stages`)."""
+        makes it faster where contexts are long (see `choose_stages`, `DecodeWork.for_contexts`)."""
         batch = rows.token_ids.shape[0]
         attention = Attention(
             rows=rows,
@@ -264,7 +264,7 @@ class CudaOps:
             starts=starts,
             tiles=None,
             tile_shape=None,
-            work=scratch.decode,
+            work=scratch.decode.for_contexts(geometry.head_dim, batch, is_long=is_long),
             pdl=self.pdl,
             is_long=is_long,
             ordered=self._ordered_decode(scratch),

@@ -79,16 +79,15 @@ def products(name, rows, columns, kind):
     shared |= {"SPLITS": skinny.splits, "BK": skinny.columns, "PREFETCH": skinny.prefetch}
     shared |= {"PARTS": 64, "NEXT": kind == ADD}
     for batch in (16, 32, 64):
-        stages = min(skinny.num_stages, 3) if batch == 64 else skinny.num_stages
-        constants = {**shared, "BP": batch, "STAGES": stages}
+        constants = {**shared, "BP": batch, "STAGES": skinny.num_stages(batch)}
         made = compiled(skinny_kernel, constants, num_warps=4, launch_pdl=True)
-        yield f"skinny_{name}_{batch}", made
+        yield f"skinny_{name}_{batch}", made | {"is_deep": skinny.is_deep}
 
 
 def attention(dim):
     shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
     constants = {**shared, "TILE": tile_tokens(dim), "BP": 64, "NORM": False, "PDL": True}
-    for batch, is_long in ((1, False), (32, False), (1, True)):
+    for batch, is_long in ((1, False), (32, False), (32, True)):
         stages = choose_stages(dim, batch, is_long=is_long)
         constants |= {"THREADS": 128, "STAGES": stages}
         made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)

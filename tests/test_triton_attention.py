@@ -155,7 +155,7 @@ def test_a_deeper_pipeline_gives_the_same_bits(dim: int) -> None:
     for slot, position in zip(slots, positions, strict=True):
         first += len(case.place(slot, first, position + 1))
     qkv = torch.randn(4, 12 * dim).to(DEVICE, torch.bfloat16)
-    assert choose_stages(dim, 4) == 1 < choose_stages(dim, 4, is_long=True)
+    assert choose_stages(dim, 4, is_long=True) == 1 < choose_stages(dim, 8, is_long=True)
     short = attend_decode(case, qkv, slots, positions)
     assert torch.equal(attend_decode(case, qkv, slots, positions, is_long=True), short)
 

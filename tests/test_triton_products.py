@@ -95,7 +95,7 @@ def test_skinny_adds_and_prepares_the_next_norm(splits: int, work: SkinnyWork) -
     following = Normed(
         unwritten(5, 200), unwritten(num_tiles(200, ADD), MAX_ROWS, dtype=torch.float32), EPS
     )
-    tiles = SkinnyTiles(splits, 64, 2)
+    tiles = SkinnyTiles(splits, 64, is_deep=False)
     skinny(weight, x, hidden, work, kind=ADD, following=(norm, following), tiles=tiles)
     assert relative_error(hidden, expected) < 1e-5
     assert relative_error(following.values, hidden * norm.float()) < TOLERANCE
@@ -106,7 +106,7 @@ def test_skinny_adds_and_prepares_the_next_norm(splits: int, work: SkinnyWork) -
 
 def test_skinny_bits_do_not_depend_on_the_batch(work: SkinnyWork) -> None:
     weight, x = normal(128, 512), normal(40, 512)
-    tiles = SkinnyTiles(4, 64, 2)
+    tiles = SkinnyTiles(4, 64, is_deep=False)
     whole = skinny(weight, x, unwritten(40, 128), work, tiles=tiles)
     for rows in (slice(0, 1), slice(7, 12), slice(20, 40)):
         part = x[rows].contiguous()
