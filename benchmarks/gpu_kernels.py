@@ -1,6 +1,7 @@
 r"""Every kernel of a step on its own: bytes, time, and the fraction of the measured bandwidth.
 
-    python benchmarks/gpu_kernels.py SHAPE... --shared DIR [--out FILE] [--batches 1 8 32]
+    python benchmarks/gpu_kernels.py SHAPE... --shared DIR [--out FILE] [--batches 1 8 32] \
+        [--deterministic]
     python benchmarks/gpu_kernels.py SHAPE... --shared DIR --only attention \
         --stages 1 2 3 4 --warps 4 8
 
@@ -66,7 +67,7 @@ def normal(*shape: int) -> torch.Tensor:
 class Kernels:
     """The kernels of one model shape."""
 
-    def __init__(self, shape: dict[str, Any], bandwidth: float) -> None:
+    def __init__(self, shape: dict[str, Any], bandwidth: float, *, deterministic: bool) -> None:
         self.shape, self.bandwidth = shape, bandwidth
         self.hidden, self.width = shape["hidden_size"], shape["intermediate_size"]
         self.heads, self.kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
@@ -75,9 +76,13 @@ class Kernels:
         self.geometry = Geometry(
             self.heads, self.kv_heads, self.dim, 1e-5, angles.cos(), angles.sin(), self.hidden
         )
-        self.ops = CudaOps(torch.device("cuda"))
+        self.ops = CudaOps(torch.device("cuda"), deterministic=deterministic)
         self.scratch = Scratch.allocate(
-            self.geometry, vocab_size=self.vocab, max_batch=64, device=self.ops.device
+            self.geometry,
+            vocab_size=self.vocab,
+            max_batch=64,
+            device=self.ops.device,
+            deterministic=deterministic,
         )
 
     def matrices(self) -> Iterator[tuple[str, int, int]]:
@@ -217,6 +222,7 @@ class Kernels:
             tile_shape=shape,
             work=self.scratch.decode,
             pdl=False,
+            ordered=None if self.scratch.ordered is None else self.scratch.ordered.decode,
         )
         qkv = normal(new, (self.heads + 2 * self.kv_heads) * self.dim)
         ms = chain_ms(lambda layer: attention.attend(qkv, kv[layer], self.geometry, None), 2)
@@ -283,6 +289,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--only", choices=["attention"])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--warps", type=int, nargs="+", default=[4])
@@ -295,7 +302,9 @@ def main() -> None:
     result = {}
     with torch.inference_mode():
         for shape in arguments.shapes:
-            kernels = Kernels(shapes.SHAPES[shape], bandwidth)
+            kernels = Kernels(
+                shapes.SHAPES[shape], bandwidth, deterministic=arguments.deterministic
+            )
             print(shape)
             if arguments.only:
                 given = arguments.batches, arguments.stages, arguments.warps

@@ -20,8 +20,10 @@ from torch import Tensor
 from agentrt.kernels.dependent import arrive, dot, prefetch, start_next, wait_previous
 from agentrt.kernels.exact import exact_options
 from agentrt.kernels.gemv import ADD, GATE_UP, STORE
-from agentrt.kernels.skinny import MAX_PROGRAMS, SkinnyTiles, num_tiles
+from agentrt.kernels.skinny import num_tiles
 
+MAX_PROGRAMS = 400  # of a product whose chunks are shared out, as for `skinny` on an H100
+MIN_CHUNK_COLUMNS = 512  # several times what one step of the pipeline multiplies, see `_chunk`
 MOST_CELLS = 128 * 128  # of a tile whose chunks are shared out
 TOKEN_TILES = 16  # neighbours that go through the weights together: their rows stay in the cache
 _ADD = tl.constexpr(ADD)
@@ -50,7 +52,8 @@ def _chunk(
     BP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The sum over one chunk of K, from zero."""
+    """The sum over one chunk of K, from zero. It is a loop: of a single product of tiles, the
+    compiler would start the sum from what it is then added to."""
     columns = tl.arange(0, BK)
     acc = tl.zeros([R, BP], tl.float32)
     for k in tl.range(0, KP, BK, num_stages=STAGES):
@@ -194,8 +197,8 @@ class OrderedTiles:
     @classmethod
     def choose(cls, num_rows: int, num_columns: int, num_tokens: int, kind: int) -> OrderedTiles:
         """For a weight with `num_rows` outputs and `num_tokens` rows of the batch."""
-        skinny = SkinnyTiles.choose(num_tiles(num_rows, kind), num_columns)
-        splits, columns = skinny.splits, skinny.columns
+        columns = min(128, max(16, triton.next_power_of_2(num_columns)))
+        splits = cls._splits(num_tiles(num_rows, kind), num_columns)
         tokens = min(128, max(16, triton.next_power_of_2(num_tokens)))
         if tokens < 128:
             tiles = cls(splits, False, 64, tokens, columns, 3 if tokens == 64 else 4, 4)
@@ -205,6 +208,18 @@ class OrderedTiles:
             tiles = cls(splits, False, 128, tokens, min(columns, 64), 3, 8)
         programs = tiles.count(num_rows, num_tokens, kind) * splits
         return evolve(tiles, is_shared=splits > 1 and programs <= MAX_PROGRAMS)
+
+    @staticmethod
+    def _splits(num_tiles: int, num_columns: int) -> int:
+        """Chunks where tiles of 64 rows are too few for the device."""
+        splits = 1
+        while (
+            num_tiles * splits * 2 <= MAX_PROGRAMS
+            and num_columns % (splits * 2 * 128) == 0
+            and num_columns // (splits * 2) >= MIN_CHUNK_COLUMNS
+        ):
+            splits *= 2
+        return splits
 
     def count(self, num_rows: int, num_tokens: int, kind: int) -> int:
         """Tiles of the product."""
