@@ -42,7 +42,10 @@ def add_bench_parser(commands: Commands) -> None:
     add("--agents", type=int, default=4, metavar="N", help="the first N agents (%(default)s)")
     add("--concurrency", type=int, default=4, metavar="N", help="agents at a time (%(default)s)")
     add(
-        "--shape", metavar="NAME", help=f"{', '.join(SHAPES)}, or a JSON file with a shape's fields"
+        "--shape",
+        metavar="NAME",
+        help=f"{', '.join(SHAPES)}, or a JSON file with a shape's fields (coding is the longer "
+        "conversations of chat's trace: no trace of coding agents was at hand)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of a shape's agents (%(default)s)")
     add("--rate", type=float, metavar="N", help="agents a second (default: the shape's own)")

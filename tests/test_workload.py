@@ -2,9 +2,11 @@
 
 import json
 import random
+import runpy
 from pathlib import Path
 
 import pytest
+from attrs import asdict
 from fakes import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,22 @@ from agentrt.errors import RequestInvalid
 from agentrt.workload import SHAPES, SHARES, Sampling, find_shape, sample, shape_json, value_at
 from agentrt.workload_budget import CHUNK_TOKENS, budgets, chunk_keys, reuse_distances
 
+ROOT = Path(__file__).parents[1]
+TRACES = ROOT.parent / "shared" / "traces"
+
 # ---- shapes
+
+
+@pytest.mark.skipif(not TRACES.is_dir(), reason="the traces are not there")
+def test_the_tables_are_those_of_the_traces():
+    derived = runpy.run_path(str(ROOT / "benchmarks" / "workload_shapes.py"))["derived"](TRACES)
+    assert set(derived) == set(SHAPES)
+    for name, facts in derived.items():
+        shape = asdict(SHAPES[name])
+        assert {key: shape[key] for key in facts} == facts
+        # but for its names, a shape has no number of its own: the airline's trace has no arrivals
+        rest = {"name", "source"} | ({"agents_per_s"} if name == "agent" else set())
+        assert shape.keys() - facts.keys() == rest
 
 
 @pytest.mark.parametrize("name", SHAPES)
