@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+from agentrt.cli_trace import BROWSERS
+
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 OPTIONS = [
     "--headless",
     "--no-sandbox",  # CI runs as root
@@ -63,11 +65,6 @@ class Page:
 
     def click(self, selector: str) -> None:
         self.value(f"document.querySelector({json.dumps(selector)}).click()")
-
-    def screenshot(self, path: Path) -> None:
-        import base64
-
-        path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot")["data"]))
 
     def _send(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1

@@ -1,73 +1,20 @@
-"""Recordings of runs, and their page: in Chromium, where there is one."""
+"""What observers hear, recordings of it, and their timelines."""
 
 import asyncio
 import json
 from collections import Counter
 
 import pytest
-from browser import CHROMIUM, chromium_page
 from fakes import until
-from scripted import Script, call_text, scripted
+from recordings import CALL, HEADER, OPTIONS, SIZES, line, lines_of, look_up, recorded, submitted
+from scripted import call_text, scripted
 
 from agentrt import GenerateOptions, tool
 from agentrt.__main__ import main
-from agentrt.cli_trace import write_page
 from agentrt.errors import RequestInvalid
 from agentrt.observer import Observer, agent
-from agentrt.trace_page import page
-from agentrt.trace_record import read_lines, record
+from agentrt.trace_record import record
 from agentrt.trace_timeline import timeline
-
-SIZES = {"num_blocks": 8000, "context": 4000, "step_tokens": 256}
-OPTIONS = GenerateOptions(max_tokens=120)
-CALL = '<tool_call>\n{"name": "look_up", "arguments": {"key": "a"}}\n</tool_call>'
-
-
-@tool
-async def look_up(key: str) -> str:
-    """Look a key up."""
-    await asyncio.sleep(0)
-    return f"{key} is 1"
-
-
-async def run_agents(engine, num_agents):
-    """Agents with a tool, one turn each."""
-
-    async def run(number):
-        with agent(f"agent {number}"):
-            session = engine.session(system="Be short.", tools=[look_up], options=OPTIONS)
-        await session.run(f"I am {number}. What is a?")
-        return session
-
-    return await asyncio.gather(*(run(number) for number in range(num_agents)))
-
-
-class CallsOnce:
-    """A script: a request without a tool's result calls the tool, one with it answers."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer, self._scripts = tokenizer, {}
-
-    def __call__(self, request, num_output_tokens):
-        if request.id not in self._scripts:
-            prompt = self._tokenizer.decode(request.tokens[: request.num_prompt_tokens].tolist())
-            text = "It is 1." if "The tool says" in prompt else CALL
-            self._scripts[request.id] = Script(self._tokenizer, [text])
-        return self._scripts[request.id](request, num_output_tokens)
-
-
-async def recorded(tokenizer, template, path, num_agents, **config):
-    async with scripted(tokenizer, template, [], **(SIZES | config)) as engine:
-        engine.runner.script = CallsOnce(tokenizer)
-        async with record(engine, path):
-            await run_agents(engine, num_agents)
-        return engine.stats()
-
-
-def lines_of(path):
-    with path.open() as lines:
-        return read_lines(lines, str(path))
-
 
 # ---- observers
 
@@ -230,20 +177,6 @@ async def test_a_recording_that_cannot_be_written_says_so(tokenizer, template, t
 # ---- timelines
 
 
-def line(kind, **facts):
-    return {"kind": kind, **facts}
-
-
-HEADER = line(
-    "recording", format=1, at=10.0, model="m", kernels="k", weights="w", device_bytes=100,
-    host_bytes=0,
-)  # fmt: skip
-
-
-def submitted(request, at, agent=""):
-    return line("submitted", at=at, request=request, agent=agent, turn=None, prompt_tokens=4)
-
-
 def step(begin, end, prefill=(), decode=()):
     chunks = [[request, 4] for request in prefill]
     rows = 4 * len(prefill) + len(decode)
@@ -315,83 +248,3 @@ def test_what_is_no_recording_is_refused(text, why, tmp_path, capsys):
     (tmp_path / "run.jsonl").write_text(text)
     assert main(["trace", str(tmp_path / "run.jsonl")]) == 1
     assert why in capsys.readouterr().err
-
-
-def test_names_cannot_leave_the_pages_data():
-    lines = [HEADER, submitted("r0", 10.0, "</script><b>x"), line("end", at=15)]
-    made = page(timeline(lines))
-    assert "</script><b>" not in made
-    assert "\\u003c/script>" in made
-
-
-# ---- the page in a browser
-
-ROWS = """[...document.querySelectorAll(".row")].map(row => {
-  const track = row.querySelector(".track").getBoundingClientRect();
-  return [row.dataset.agent, [...row.querySelectorAll(".span")].map(span => {
-    const box = span.getBoundingClientRect();
-    return [span.dataset.kind, (box.left - track.left) / track.width, box.width / track.width,
-            box.width];
-  })];
-})"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-async def test_the_page_shows_what_was_recorded(tokenizer, template, tmp_path):
-    """100 agents: each row of the page against the recording's own lines."""
-    recording, path = tmp_path / "run.jsonl", tmp_path / "run.html"
-    await recorded(tokenizer, template, recording, 100, max_batch=32)
-    await asyncio.to_thread(write_page, recording, path)
-    lines = lines_of(recording)
-
-    def look():
-        with chromium_page(tmp_path / "profile") as shown:
-            shown.size(1400, 900)
-            shown.open(path)
-            rows = shown.value(ROWS)
-            charts = shown.value('document.querySelectorAll(".chart path[d^=M]").length')
-            facts = shown.value('document.getElementById("facts").textContent')
-            visible = shown.value('document.querySelector(".row").getBoundingClientRect().height')
-            before = shown.value('document.querySelector(".track").clientWidth')
-            shown.click("#in")
-            after = shown.value('document.querySelector(".track").clientWidth')
-            assert shown.console == []
-            assert [url for url in shown.requested if not url.startswith("file:")] == []
-            return rows, charts, facts, visible, after / before
-
-    rows, charts, facts, row_height, zoomed = await asyncio.to_thread(look)
-    assert {name for name, _ in rows} == {f"agent {number}" for number in range(100)}
-    assert "agents 100" in facts
-    assert "requests 200" in facts
-    assert charts >= 4
-    assert row_height >= 12  # 100 of them are three screens of 500 pixels
-    assert zoomed == pytest.approx(2, rel=0.01)
-
-    start, seconds = lines[0]["at"], timeline(lines).seconds
-    by_agent = dict(rows)
-    for number in range(100):
-        check_row(by_agent[f"agent {number}"], lines, f"agent {number}", start, seconds)
-
-
-def check_row(spans, lines, name, start, seconds):
-    """Tools and requests of one agent where the page draws them, to half a thousandth."""
-    tools = [x for x in lines if x["kind"] == "tool" and x["agent"] == name]
-    drawn = [span for span in spans if span[0] == "tool"]
-    assert len(drawn) == len(tools) == 1
-    requests = [x["request"] for x in lines if x["kind"] == "submitted" and x["agent"] == name]
-    assert len(requests) == 2
-    expected = []
-    for request in requests:
-        steps = [x for x in lines if x["kind"] == "step"]
-        prefill = [x for x in steps if request in [each for each, _ in x["prefill"]]]
-        decode = [x for x in steps if request in x["decode"]]
-        expected.append(("prefill", prefill[0]["begin"]))
-        expected.append(("decode", prefill[-1]["end"] if decode else None))
-    wanted = [("tool", tools[0]["begin"]), *((k, at) for k, at in expected if at is not None)]
-    for kind, at in wanted:
-        left = (at - start) / seconds
-        assert any(
-            span[0] == kind and span[1] == pytest.approx(left, abs=1.5e-3) for span in spans
-        ), (name, kind, left, spans)
-    assert all(width >= 1 for *_, width in spans)
-    assert {"prefill", "decode", "tool"} <= {span[0] for span in spans}
