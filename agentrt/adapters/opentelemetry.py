@@ -81,7 +81,7 @@ class _Telemetry(Observer):
                 names.AGENT: scope.agent,
                 **_error(span, error),
             }
-            self._metrics["gen_ai.invoke_agent.duration"].record(now - began, labels)
+            self._metrics[names.TURN_DURATION].record(now - began, labels)
             span.end()
 
     def submitted(self, request: Request, scope: Scope, now: float) -> None:
@@ -127,16 +127,14 @@ class _Telemetry(Observer):
     def _note_generation(
         self, labels: dict[str, Any], facts: Mapping[str, Any], total_s: float
     ) -> None:
-        name = "gen_ai.client.inference"
-        self._metrics[f"{name}.duration"].record(total_s, labels)
+        self._metrics[names.DURATION].record(total_s, labels)
         if names.FIRST_CHUNK in facts:
-            self._metrics[f"{name}.time_to_first_chunk"].record(facts[names.FIRST_CHUNK], labels)
-        counted = {key: value for key, value in labels.items() if key != names.ERROR} | {
-            names.MODALITY: "text"
-        }
-        for key in (names.USAGE_IN, names.USAGE_OUT, names.USAGE_CACHED):
-            metric = key.replace("gen_ai", name, 1)
-            self._metrics[metric].add(facts[key], counted)
+            self._metrics[names.FIRST_CHUNK_AFTER].record(facts[names.FIRST_CHUNK], labels)
+        counted = {key: value for key, value in labels.items() if key != names.ERROR}
+        for kind, fact in (("input", names.USAGE_IN), ("output", names.USAGE_OUT)):
+            usage = {**counted, names.TOKEN_TYPE: kind}
+            self._metrics[names.TOKEN_USAGE].record(facts[fact], usage)
+        self._metrics[names.CACHED_TOKENS].add(facts[names.USAGE_CACHED], counted)
 
     def tool_began(self, scope: Scope, call: ToolCall, now: float) -> None:
         facts = {names.TOOL_NAME: call.name, names.TOOL_ID: call.id, names.TOOL_TYPE: "function"}
@@ -160,7 +158,7 @@ class _Telemetry(Observer):
             span.set_attribute(names.ERROR, "tool_error")
         if result is not None and self._decode is not None:
             span.set_attribute(names.TOOL_RESULT, result.content)
-        self._metrics["gen_ai.execute_tool.duration"].record(now - began, labels)
+        self._metrics[names.TOOL_DURATION].record(now - began, labels)
         span.end()
 
     def _start(
