@@ -158,8 +158,8 @@ def test_a_grammars_rows_are_drafted_too(
         outputs.append(drive.run(requests))
         assert requests[0].constraint.is_finished
         steps.append(len(drive.plans))
-    assert len(outputs[0][0]) == 17
-    if temperature == 0.0 or not HAS_GPU:
+    assert len(outputs[0][0]) == len(outputs[1][0]) == 17
+    if not HAS_GPU:  # there two letters may be near each other
         assert outputs[0][0] == outputs[1][0]
     assert_same(runner, PROMPTS[1:], outputs[0][1:], outputs[1][1:])
     assert steps[0] == 17
