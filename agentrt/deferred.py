@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from attrs import define, field, frozen
 
 from agentrt.mover import Job
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+T = TypeVar("T")
 
 
 @frozen
@@ -44,3 +50,13 @@ class Deferred:
         """Tell whoever still waits."""
         for waiting in self._waiting:
             waiting.fail(error)
+
+
+def settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Run a function for whoever waits for the future, if anyone still does."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as exc:
+        future.set_exception(exc)

@@ -33,6 +33,7 @@ from agentrt.models.base import ModelSpec
 from agentrt.models.load import LoadedModel, load_model
 from agentrt.pauses import Pauses
 from agentrt.poster import Sink, poster
+from agentrt.precedence import HELD_POOL_SHARE, Precedence
 from agentrt.registry import locate
 from agentrt.runner import ModelRunner, Runner
 from agentrt.scheduler import Scheduler
@@ -174,13 +175,23 @@ def build_loop(
     """
     is_lru = config.eviction == "lru"
     cache = PrefixCache(resolved.num_blocks, resolved.block_tokens, LRU if is_lru else None)
-    tiers = open_tiers(config, resolved, fingerprint, cache, **tiers_options)
+    precedence = Precedence()
+    # On a CPU copies and steps are long calls that leave the interpreter to others.
+    gate = precedence if tiers_options["device"] == "cuda" else None
+    tiers = open_tiers(config, resolved, fingerprint, cache, gate=gate, **tiers_options)
     pauses = Pauses(cache, tiers.mover, config.namespace, marks=not is_lru)
     limits = runner.draft_limits if config.speculation else None
     drafter = None if limits is None else Drafter(limits)
-    loop = Loop(Scheduler(resolved, cache, tiers.mover, pauses, drafter), runner, post)
+    scheduler = Scheduler(resolved, cache, tiers.mover, pauses, drafter)
+    loop = Loop(scheduler, runner, post, precedence=precedence)
     if tiers.mover is not None:
-        loop.transfers = TransferThread(runner.copier(), tiers.disk, loop.transferred)
+        loop.transfers = TransferThread(
+            runner.copier(),
+            tiers.disk,
+            loop.transferred,
+            gate=gate,
+            most_held_blocks=resolved.num_blocks // HELD_POOL_SHARE,
+        )
     return loop, tiers
 
 

@@ -18,6 +18,7 @@ from agentrt.cache.keys import Fingerprint, root_key
 from agentrt.cache.lower import LowerTiers
 from agentrt.cache.packing import FloatName, Int8Packing
 from agentrt.cache.split import Rates
+from agentrt.cache.tier import Gate
 from agentrt.errors import ConfigError, TierUnavailable
 from agentrt.kernels.arithmetic import arithmetic_of
 from agentrt.mover import Mover
@@ -55,9 +56,10 @@ def open_tiers(
     chunk_tokens: int = CHUNK_TOKENS,
     allocate: Callable[[int], Any] = allocate_pages,
     packing: Int8Packing | None = None,
+    gate: Gate | None = None,
 ) -> OpenTiers:
     """Open the tiers that the config asks for. A disk tier that cannot be had is said once, in the
-    log, and the engine runs on without it."""
+    log, and the engine runs on without it. The disk tier's writer waits at the `gate`."""
     if not resolved.host_kv_bytes and not resolved.disk_kv_bytes:
         return OpenTiers(None, None, None)
     disk, problem = None, None
@@ -65,7 +67,7 @@ def open_tiers(
     if resolved.disk_kv_bytes:
         try:
             disk = _open_disk(
-                config, resolved, fingerprint, lambda size: owner[0].victims(size), packing
+                config, resolved, fingerprint, lambda size: owner[0].victims(size), packing, gate
             )
         except TierUnavailable as exc:
             problem = str(exc)
@@ -135,6 +137,7 @@ def _open_disk(
     fingerprint: Fingerprint,
     victims: Victims,
     packing: Int8Packing | None,
+    gate: Gate | None,
 ) -> DiskTier:
     if resolved.disk_kv_bytes < MIN_QUOTA_BYTES:
         raise ConfigError(
@@ -147,4 +150,5 @@ def _open_disk(
         clock=time.time,
         victims=victims,
         packing=packing,
+        gate=gate,
     )

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 from attrs import define, field, frozen
 
 from agentrt.cache import Copy
-from agentrt.deferred import Deferred
+from agentrt.deferred import Deferred, settle
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
 from agentrt.mover import Job, prefill_cost_tokens
 from agentrt.observer import Observers
 from agentrt.poster import Sink
+from agentrt.precedence import Precedence
 from agentrt.request import Request, State
 from agentrt.runner import Runner, Ticket
 from agentrt.sampler import Sampled
@@ -54,6 +55,7 @@ class Loop:
     counters: Counters = field(factory=Counters)
     transfers: TransferThread | None = None  # where there are tiers below the device
     observers: Observers = field(factory=Observers)
+    precedence: Precedence = field(factory=Precedence)  # over background work, where it waits there
     _inbox: deque[Callable[[], None]] = field(factory=deque, init=False)
     _lock: threading.Condition = field(factory=threading.Condition, init=False)
     _closed: bool = field(default=False, init=False)
@@ -96,7 +98,7 @@ class Loop:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the step thread, between steps."""
         future: Future[T] = Future()
-        self._command(lambda: _settle(future, function))
+        self._command(lambda: settle(future, function))
         return future
 
     def call_after_transfers(self, function: Callable[[], T]) -> Future[T]:
@@ -106,7 +108,7 @@ class Loop:
 
         def begin() -> None:
             jobs = set() if mover is None else mover.jobs()
-            self._deferred.add(jobs, lambda: _settle(future, function), future.set_exception)
+            self._deferred.add(jobs, lambda: settle(future, function), future.set_exception)
             self._run_deferred()
 
         self._command(begin)
@@ -135,6 +137,7 @@ class Loop:
             if self._closed:
                 raise EngineClosed("the engine is closed: open a new one")
             self._inbox.append(command)
+            self.precedence.work()
             self._lock.notify()
 
     # ---- the step thread
@@ -153,9 +156,11 @@ class Loop:
         mover = self.scheduler.mover
         with self._lock:
             while self._is_idle and not self._inbox and not self._closed:
+                self.precedence.rest(is_awaited=self.scheduler.is_awaited)
                 if not self._lock.wait(self.scheduler.pauses.idle_s(self.clock())):
                     break
             closed = self._closed
+        self.precedence.work()
         while self._inbox:  # one at a time: should one fail, `_end` finds the others
             self._inbox.popleft()()
         self.scheduler.pauses.tick(self.clock())
@@ -221,6 +226,7 @@ class Loop:
             self._send(request, error, self.clock())
         self._live.clear()
         self._flush()
+        self.precedence.rest(is_awaited=False)
         if cause is None:
             self._end_transfers()
         elif self.transfers is not None:
@@ -291,7 +297,9 @@ class Loop:
     def _collect(self, launched: Launched) -> None:
         """Take a step's tokens; requests that ended since get none."""
         forward = self.clock()
+        self.precedence.rest(is_awaited=self.scheduler.is_awaited)
         sampled = self.runner.collect(launched.ticket)
+        self.precedence.work()
         now = self.clock()
         self.counters.forward_s += now - forward
         self._note_rate(launched, now - max(launched.begin_s, self._collected_s))
@@ -387,13 +395,3 @@ class Loop:
         if self._events:
             events, self._events = self._events, []
             self.post(events)
-
-
-def _settle(future: Future[T], function: Callable[[], T]) -> None:
-    """Run a function for whoever waits for the future, if anyone still does."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except BaseException as exc:
-        future.set_exception(exc)

@@ -101,6 +101,11 @@ class Scheduler:
     def _order(self) -> Order:
         return Order(self.cache, self.mover)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a caller waits for the first token of a request that runs."""
+        return any(each.first_token_s is None and not each.is_prefill for each in self.running)
+
     def submit(self, request: Request) -> None:
         request.origins.total = self.origins
         since_s = self.pauses.waiting_since(request.known)

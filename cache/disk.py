@@ -33,7 +33,7 @@ from agentrt.cache.disk_writer import MIN_QUOTA_BYTES, DiskWriter, WriteOptions
 from agentrt.cache.keys import Fingerprint
 from agentrt.cache.packing import Int8Packing
 from agentrt.cache.payload_file import GRAIN_BYTES, checksum_of
-from agentrt.cache.tier import Buffer, Contents, Record, TierEvents, TierStats
+from agentrt.cache.tier import Buffer, Contents, Gate, Record, TierEvents, TierStats
 from agentrt.errors import CacheCorrupt, TierUnavailable
 
 Victims = Callable[[int], Sequence[bytes]]  # bytes wanted -> keys to evict, leaves first
@@ -58,9 +58,11 @@ class DiskTier:
         victims: Victims | None = None,
         options: WriteOptions | None = None,
         packing: Int8Packing | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Open or create the tier in `folder`; read-only if another tier writes there. `packing` is
-        how own payloads lie in the file; it must be part of the fingerprint.
+        how own payloads lie in the file; it must be part of the fingerprint. The writer's thread
+        passes the `gate`, if there is one, before each record.
 
         `victims`, called in `put` only, names what the owner can spare; without it the least
         recently used leaf goes. Raises TierUnavailable, and ValueError for too small a quota.
@@ -74,6 +76,7 @@ class DiskTier:
         self._victims = victims
         self._options = options or WriteOptions()
         self._packing = packing
+        self._gate = gate
         self._changed = threading.Condition()
         self._closed = False
         self._start(self._open())
@@ -100,6 +103,7 @@ class DiskTier:
                 options=self._options,
                 clock=self._clock,
                 packing=self._packing,
+                gate=self._gate,
             )
             self._writer.start()
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import lmdb
 from attrs import field, frozen
@@ -12,7 +12,7 @@ from agentrt.cache.index_file import IndexFile, IndexFull
 from agentrt.cache.packing import Int8Packing
 from agentrt.cache.payload_file import GRAIN_BYTES, PayloadFile, checksum_of
 from agentrt.cache.record import make_header
-from agentrt.cache.tier import Buffer, Record
+from agentrt.cache.tier import Buffer, Gate, Record
 from agentrt.errors import CacheCorrupt
 
 OVERHEAD_BYTES = 8192  # the lock file, the digest
@@ -67,6 +67,7 @@ class DiskWriter:
         options: WriteOptions,
         clock: Callable[[], float],
         packing: Int8Packing | None,
+        gate: Gate | None = None,
     ) -> None:
         self.queued_bytes = 0
         self.resume_s: float | None = None  # after an error: nothing is taken before
@@ -79,6 +80,7 @@ class DiskWriter:
         self._options = options
         self._clock = clock
         self._packing = packing
+        self._gate = gate  # before each record: what has precedence over the writing
         self._jobs: list[_Job] = []
         self._scrub = False  # overwrite all that no entry covers, and the old index
         self._asked = 0  # flushes
@@ -119,7 +121,7 @@ class DiskWriter:
         with self._changed:
             self._asked += 1
             ticket = self._asked
-            self._changed.notify_all()
+            self._hurry()
             self._changed.wait_for(
                 lambda: self._done >= ticket or self.failure or not self._thread.is_alive()
             )
@@ -130,8 +132,18 @@ class DiskWriter:
         """Write what is queued, then end the thread."""
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
+            self._hurry()
         self._thread.join()
+
+    def _hurry(self) -> None:
+        """Someone waits for the writer."""
+        self._changed.notify_all()
+        if self._gate is not None:
+            self._gate.look_again()
+
+    @property
+    def _is_awaited(self) -> bool:
+        return self._closing or self._asked > self._done
 
     def _run(self) -> None:
         try:
@@ -149,8 +161,7 @@ class DiskWriter:
         """Wait for a batch; True if it is the last."""
 
         def is_urgent() -> bool:
-            full = self.queued_bytes >= self._options.batch_bytes
-            return full or self._closing or self._asked > self._done
+            return self.queued_bytes >= self._options.batch_bytes or self._is_awaited
 
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._woken or is_urgent())
@@ -181,7 +192,7 @@ class DiskWriter:
     def _write(self, jobs: Sequence[_Job]) -> None:
         """Write and sync the payloads of those that are still wanted."""
         headers = []
-        for job in jobs:
+        for job in self._one_by_one(jobs):
             payload = job.payload if self._packing is None else self._packing.pack(job.payload)
             checksum = checksum_of(payload)
             # Asked after the checksum: once the owner let go of the record it may change the
@@ -198,6 +209,16 @@ class DiskWriter:
         with self._changed:
             for entry, header in headers:
                 self._table.finish(entry, header)
+
+    def _one_by_one(self, jobs: Sequence[_Job]) -> Iterator[_Job]:
+        """The jobs, each once the gate lets it pass: about 0.1 ms of the interpreter each."""
+        if self._gate is None:
+            yield from jobs
+            return
+        since_s = self._gate.clock()
+        for job in jobs:
+            self._gate.pass_(since_s, lambda: self._is_awaited)
+            yield job
 
     def _commit(self) -> None:
         """Bring the index up to the table; its map grows if it must."""

@@ -1,6 +1,6 @@
 """What a tier below the host's memory keeps and tells: records, events, counts and errors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -80,6 +80,21 @@ class Contents:
     records: int
     payload_bytes: int
     last_used_s: float
+
+
+class Gate(Protocol):
+    """Where background work waits between small units, while something else has precedence."""
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Of `since_s`."""
+
+    def pass_(self, since_s: float, is_urgent: Callable[[], bool]) -> None:
+        """Wait as long as need be: not much beyond `since_s`, when this work could have begun, nor
+        once `is_urgent`, which must not lock anything."""
+
+    def look_again(self) -> None:
+        """Something may have become urgent. Never waits for long."""
 
 
 class Tier(Protocol):

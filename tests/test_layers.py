@@ -43,6 +43,7 @@ LAYERS = [
         "output",
         "pauses",
         "poster",
+        "precedence",
         "request",
         "scheduler",
         "token_log",
@@ -146,7 +147,7 @@ def test_threads_meet_asyncio_in_the_loop_alone():
     assert users <= {
         *("agentrt.loop", "agentrt.engine", "agentrt.engine_parts", "agentrt.step_thread"),
         *("agentrt.grammar", "agentrt.grammar_masks"),
-        *("agentrt.transfer", "agentrt.transfer_cuda"),
+        *("agentrt.precedence", "agentrt.transfer", "agentrt.transfer_cuda"),
         *("agentrt.cache.disk", "agentrt.cache.disk_writer"),
     }
 
