@@ -65,8 +65,10 @@ class EngineConfig:
     `deterministic` makes float products independent of the batch too (int8 ones are anyway).
     `tool_format` is how the model writes tool calls: "auto" is what its chat template shows, and a
     template without tools gets the form of Hermes. `long_prefill="triton"` keeps cuDNN out of
-    prefill after long contexts on CUDA, where "auto" lets it attend to them. `random_weights` runs
-    a folder that holds config.json alone, for benchmarks. `speculation` lets a step check guesses
+    prefill after long contexts on CUDA, where "auto" lets it attend to them.
+    `decode_launch="persistent"` computes a step of a single row in one launch on CUDA; with more
+    rows steps are graphs, as they all are by default. `random_weights` runs a folder that holds
+    config.json alone, for benchmarks. `speculation` lets a step check guesses
     of the next tokens, which saves steps and changes no output. `max_waiting` bounds the queue
     (Overloaded beyond it).
 
@@ -100,6 +102,9 @@ class EngineConfig:
     tool_format: str = field(default="auto", validator=_choice("auto", *TOOL_FORMATS))
     long_prefill: Literal["auto", "triton"] = field(
         default="auto", validator=_choice("auto", "triton")
+    )
+    decode_launch: Literal["graph", "persistent"] = field(
+        default="graph", validator=_choice("graph", "persistent")
     )
     speculation: bool = field(default=True, validator=_checked(instance_of(bool)))
     random_weights: bool = field(default=False, validator=_checked(instance_of(bool)))
@@ -145,6 +150,7 @@ class EngineConfig:
             max_batch=self.max_batch,
             max_waiting=self.max_waiting,
             step_tokens=max(self.step_tokens or STEP_TOKENS[device], self.max_batch),
+            decode_launch=self.decode_launch,
         )
 
     def _lower_bytes(self, device: str) -> tuple[int, int]:
@@ -175,6 +181,7 @@ class ResolvedConfig:
     max_batch: int
     max_waiting: int
     step_tokens: int
+    decode_launch: Literal["graph", "persistent"] = "graph"
 
     @property
     def pool_tokens(self) -> int:

@@ -150,6 +150,8 @@ class CudaRunner:
         )
         with torch.inference_mode(), _no_collection():
             graphs.capture(config.max_batch)
+            if config.decode_launch == "persistent":
+                graphs.use_persistent()
             mixed.capture(config.step_tokens)
         runner = cls(
             model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader, device
@@ -199,6 +201,7 @@ class CudaRunner:
     def collect(self, ticket: CudaTicket) -> list[list[Sampled]]:
         masks = None if ticket.filling is None else ticket.filling.masks()
         ticket.done.synchronize()  # also without a token: the rings rely on it
+        self.graphs.check()
         ends = np.cumsum([1 + work.num_draft for work in ticket.sampling], dtype=int).tolist()
         tokens = ticket.tokens[: ends[-1] if ends else 0].tolist()
         if ticket.runs_ahead:

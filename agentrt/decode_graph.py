@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.cuda_inputs import NUM_BUFFERS
+from agentrt.decode_persistent import capture_step, persistent_step
 from agentrt.kernels.attention_decode import choose_stages
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
+from agentrt.kernels.persistent_step import PersistentStep
 from agentrt.kernels.rows import fetch
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
@@ -97,6 +99,7 @@ class DecodeGraphs:
     tables: Tensor
     last_tokens: Tensor
     device: StepDevice
+    persistent: PersistentStep | None = field(default=None, init=False)
     _graphs: dict[tuple[int, bool], Captured] = field(factory=dict, init=False)
 
     @property
@@ -119,6 +122,21 @@ class DecodeGraphs:
                 made = self.device.capture(partial(self.compute, bucket, is_long=True), pool)
             self._graphs[bucket, True] = made
         self.inputs.restart()
+
+    def use_persistent(self) -> None:
+        """From now on a row that comes alone is served by one launch (see `kernels.persistent`)."""
+        self.persistent = persistent_step(self)
+        made = capture_step(self.device, self.persistent)
+        self._graphs[1, False] = self._graphs[1, True] = made
+        self.inputs.restart()
+
+    def check(self) -> None:
+        """Raise RuntimeError if a step that is done was not computed to its end."""
+        if self.persistent is not None and self.persistent.has_failed:
+            raise RuntimeError(
+                "programs of a decode step waited for each other in vain, as if they were not all "
+                "on the device: keep other work off it, or use decode_launch='graph'"
+            )
 
     def _differs_if_long(self, bucket: int) -> bool:
         dim = self.model.geometry.head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,15 +19,18 @@ from agentrt.kernels.persistent_step import (
     table_of_addresses,
 )
 from agentrt.models.llama import Layer, LlamaModel
+from agentrt.step_device import Captured, StepDevice
 
 if TYPE_CHECKING:
     from agentrt.decode_graph import DecodeGraphs
+
+logger = logging.getLogger("agentrt")
 
 
 def persistent_step(graphs: DecodeGraphs, grid: PersistentGrid | None = None) -> PersistentStep:
     """The step of a runner's graphs that has one row, on the same memory.
 
-    Raises ConfigError where the device cannot hold all programs of a launch together.
+    Raises ConfigError on a device or a shape that it is not made for.
     """
     model, inputs, device = graphs.model, graphs.inputs, graphs.kv.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
@@ -34,6 +38,11 @@ def persistent_step(graphs: DecodeGraphs, grid: PersistentGrid | None = None) ->
         raise ConfigError(
             f"decode_launch='persistent' is made for compute capability 9.0, which {name} is "
             "below: use decode_launch='graph'"
+        )
+    if model.spec.intermediate_size % 2:  # two weights are read as one number
+        raise ConfigError(
+            f"decode_launch='persistent' wants an even intermediate_size, not "
+            f"{model.spec.intermediate_size}: use decode_launch='graph'"
         )
     weights = persistent_weights(model, device)
     return PersistentStep(
@@ -59,6 +68,20 @@ def persistent_step(graphs: DecodeGraphs, grid: PersistentGrid | None = None) ->
         memory=PersistentMemory.allocate(model.geometry, weights, device),
         grid=grid or PersistentGrid.choose(device, model.geometry.head_dim),
     )
+
+
+def capture_step(device: StepDevice, step: PersistentStep) -> Captured:
+    """The step as a graph of one launch; where a driver refuses to record such a launch, which the
+    log then tells, launched anew each time."""
+    try:
+        return device.capture(step.compute)
+    except RuntimeError as exc:
+        logger.warning("a cooperative launch cannot be captured, so it is launched: %s", exc)
+
+    def launch() -> None:
+        step.compute()
+
+    return Captured(launch, step.memory.logits)
 
 
 def persistent_weights(model: LlamaModel, device: torch.device) -> PersistentWeights:

@@ -54,6 +54,21 @@ def prefetch(pointers, num_bytes, PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch_where(pointers, num_bytes, wanted):
+    """The same from the threads alone that want it, a pointer a thread. Such fetches are issued one
+    thread after another: a few large ones take less time than one from every thread."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [pointers, num_bytes, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b in float32."""
     if INTERPRETED:

@@ -67,6 +67,7 @@ def choose_compute(
     is_quantised: bool,
     cache_dir: Path,
     long_prefill: str = "auto",
+    decode_launch: str = "graph",
 ) -> Compute:
     """Resolve the "auto" settings on this machine. `cache_dir` keeps what is compiled for it.
 
@@ -74,7 +75,13 @@ def choose_compute(
     already (`is_quantised`), where no dtype was asked for. Raises ConfigError, naming the setting.
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return _choose_cuda(dtype, weights, deterministic, long_prefill)
+        if decode_launch == "persistent":
+            _check_persistent(dtype, weights, deterministic)
+        return _choose_cuda(dtype, weights, deterministic, long_prefill, decode_launch)
+    if decode_launch != "graph":
+        raise ConfigError(
+            f"decode_launch={decode_launch!r} is a way to launch on CUDA: leave it at 'graph'"
+        )
     if weights in ("int4", "fp8"):
         raise ConfigError(f"weights={weights!r} is not available on the CPU: use 'int8' or 'auto'")
     if weights == "int8" and dtype == "bfloat16":
@@ -133,7 +140,26 @@ def _on_torch(kind: LinearKind, dtype: torch.dtype, note: str = "") -> Compute:
     )
 
 
-def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: str) -> Compute:
+def _check_persistent(dtype: str, weights: str, deterministic: bool) -> None:
+    """Raise ConfigError on what the decode step of one launch does not serve."""
+    for is_wrong, name in (
+        (dtype == "float32", "dtype='float32'"),
+        (weights == "fp8", "weights='fp8'"),
+        (deterministic, "deterministic=True"),  # its sums are in another order than the batch's
+    ):
+        if is_wrong:
+            raise ConfigError(
+                f"decode_launch='persistent' cannot be had with {name}: use decode_launch='graph'"
+            )
+
+
+def _choose_cuda(
+    dtype: str,
+    weights: str,
+    deterministic: bool,
+    long_prefill: str,
+    decode_launch: str = "graph",
+) -> Compute:
     if not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
     if weights not in ("auto", "fp8"):
@@ -159,4 +185,6 @@ def _choose_cuda(dtype: str, weights: str, deterministic: bool, long_prefill: st
     triton_ops = CudaOps(device, fp8=is_fp8, deterministic=deterministic, cudnn=cudnn)
     name = "fp8" if is_fp8 else "bfloat16"
     note = "deterministic" if deterministic else ""
+    if decode_launch == "persistent":
+        note = "a single row's step in one launch, more rows in graphs"
     return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name, note=note)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from attrs import frozen
 
-from agentrt.kernels.dependent import prefetch
+from agentrt.kernels.dependent import prefetch_where
 from agentrt.kernels.gemv import ADD, GATE_UP, finish_rows, load_vector
 from agentrt.kernels.persistent_grid import again, announce, await_all
 
@@ -117,14 +117,17 @@ def _prefetch_tile(
     BK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """A tile into the L2 cache, an equal share of it by each thread."""
-    ROW_THREADS: tl.constexpr = THREADS // R
-    SHARE: tl.constexpr = BK // ROW_THREADS
+    """A tile into the L2 cache, in as many pieces as there are warps, or rows if those are more."""
+    PIECES: tl.constexpr = R if R * 32 > THREADS else THREADS // 32
+    IN_ROW: tl.constexpr = PIECES // R
+    NUMBERS: tl.constexpr = BK // IN_ROW
     if (item + 1) * R <= N:
         thread = tl.arange(0, THREADS)
-        rows = item * R + thread // ROW_THREADS
-        pointers = weight + rows.to(tl.int64) * K + column + thread % ROW_THREADS * SHARE
-        prefetch(pointers, SHARE * weight.dtype.element_ty.primitive_bitwidth // 8, True)
+        piece = thread // (THREADS // PIECES)
+        rows = item * R + piece // IN_ROW
+        pointers = weight + rows.to(tl.int64) * K + column + piece % IN_ROW * NUMBERS
+        num_bytes = NUMBERS * weight.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_where(pointers, num_bytes, thread % (THREADS // PIECES) == 0)
 
 
 @triton.jit
@@ -163,7 +166,7 @@ def product_phase(
     if SYNC:
         seen = announce(barrier, program, PROGRAMS)
     tile, up_tile = _fetch(weight, program, 0, N, K, R, BK, KIND)
-    if K % BK == 0 and R * BK >= 16 * THREADS:
+    if K % BK == 0 and BK >= 64 and R <= THREADS:
         for ahead in tl.static_range(1, 1 + PREFETCH):
             item = program + ahead // TILES * PROGRAMS
             _prefetch_tile(weight, item, ahead % TILES * BK, N, K, R, BK, THREADS)

@@ -225,6 +225,10 @@ class PersistentStep:
     def _find_constants(self) -> dict[str, object]:
         return constants_of(self.weights, self.geometry, self.inputs, self.kv, self.grid)
 
+    def compute(self) -> Tensor:
+        """The step, as the device can have it: in one launch, or in pieces."""
+        return self.launch() if self.kv.is_cuda else self.launch_in_pieces()
+
     def launch(self) -> Tensor:
         """The whole step, as one launch. Returns the logits [1, vocab]; they are the same memory
         each time."""

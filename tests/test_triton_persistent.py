@@ -31,7 +31,7 @@ from agentrt.kernels.reference import ReferenceOps
 from agentrt.models.base import read_spec
 from agentrt.models.llama import LlamaModel, expected_shapes
 
-pytestmark = interpreted
+pytestmark = [*interpreted, pytest.mark.timeout(300)]
 
 BLOCKS, BLOCK_TOKENS, CONTEXT = 40, 16, 640
 SLOT, IDLE = 2, 4
@@ -48,17 +48,18 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-# Widths of several tiles, biases; norms of heads, odd numbers of them; rows that no item fills.
+# Biases, and a width of six tiles; norms of heads, an odd number of them, and widths that no tile
+# divides.
 QWEN2 = {
     **LLAMA,
     "model_type": "qwen2",
-    "hidden_size": 512,
     "intermediate_size": 1536,
 }
 QWEN3 = {
     **LLAMA,
     "model_type": "qwen3",
     "hidden_size": 80,
+    "intermediate_size": 2200,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "head_dim": 32,
@@ -300,7 +301,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
     return found
 
 
-@pytest.mark.timeout(300)
 def test_nothing_spills(kernels: dict[str, dict[str, object]]) -> None:
     assert set(kernels) == {"1b", "8b", "qwen3"}
     for name, kernel in kernels.items():

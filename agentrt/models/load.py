@@ -55,6 +55,7 @@ def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
         is_quantised=is_quantised,
         cache_dir=config.cache_dir,
         long_prefill=config.long_prefill,
+        decode_launch=config.decode_launch,
     )
 
 

@@ -1,0 +1,158 @@
+"""The decode step of one launch on a GPU: its barriers, its bits, and a whole engine with it."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from gpu import DEVICE, needs_gpu, relative_error
+from test_triton_persistent import LLAMA, QWEN3, SLOT, Case
+
+from agentrt import Engine, EngineConfig, GenerateOptions
+from agentrt.kernels import cuda_attention
+from agentrt.kernels.attention_decode import decode_attention, num_tiles
+from agentrt.kernels.cuda_products import Rows
+from agentrt.kernels.gemv import GemvTiles
+from agentrt.kernels.persistent_products import PersistentTiles
+from agentrt.kernels.persistent_step import NUM_WARPS, PersistentStep
+
+pytestmark = [pytest.mark.gpu, needs_gpu, pytest.mark.timeout(300)]
+
+# Wide enough that every program has work, and that items go round more than once.
+WIDE = {
+    **LLAMA,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 9000,
+}
+SHAPES = {
+    "llama": WIDE,
+    "qwen3": {**WIDE, "model_type": "qwen3", "head_dim": 128, "hidden_size": 2048},
+    "odd": QWEN3,
+}
+POSITIONS = (0, 31, 255, 620)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    with torch.inference_mode():
+        yield Case.of(SHAPES[request.param])
+
+
+def prepare(case: Case, position: int) -> None:
+    """A pool of random keys and values, and the step's inputs in every buffer."""
+    generator = torch.Generator(device=DEVICE).manual_seed(position)
+    case.kv.normal_(generator=generator)
+    tiles = num_tiles(position, case.model.spec.head_dim)
+    values = torch.tensor([7, SLOT, position, 0, 0, 0, tiles, 2], dtype=torch.int32)
+    case.ring[:] = values.to(DEVICE)
+
+
+def graph_logits(case: Case, step: PersistentStep) -> torch.Tensor:
+    """Of the graph's kernels, with the tiles and warps of the one launch."""
+    inputs, geometry = step.inputs, case.model.geometry
+    inputs.flat.copy_(case.ring[0])
+    kv_heads = geometry.num_kv_heads
+    decode = attrs.evolve(
+        case.scratch.decode, num_programs=step.grid.num_programs // kv_heads * kv_heads
+    )
+    rows = Rows(
+        token_ids=inputs.token_ids,
+        slots=inputs.slots,
+        positions=inputs.positions,
+        tables=inputs.tables,
+        last_tokens=inputs.last_tokens,
+    )
+    scratch = attrs.evolve(case.scratch, decode=decode)
+    ops = case.model.ops
+    planned = ops.plan_decode(rows, inputs.starts, case.kv, geometry, scratch)  # type: ignore[attr-defined]
+    return case.model.run(planned)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_bits_are_those_of_the_graph_with_the_same_tiles(
+    case: Case, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = case.persistent()
+
+    def choose(num_rows: int, num_columns: int, kind: int) -> GemvTiles:
+        grid = step.grid
+        cut = PersistentTiles.choose(
+            num_rows, num_columns, kind, grid.num_programs, grid.most_numbers
+        )
+        return GemvTiles(cut.rows, cut.columns, NUM_WARPS)
+
+    monkeypatch.setattr(GemvTiles, "choose", choose)
+    attention = partial(decode_attention, num_warps=NUM_WARPS)
+    monkeypatch.setattr(cuda_attention, "decode_attention", attention)
+    found, pools = [], []
+    for run in (partial(graph_logits, case, step), step.launch_in_pieces, step.launch, step.launch):
+        prepare(case, position)
+        found.append(run().clone())
+        pools.append(case.kv.clone())
+    assert not step.has_failed
+    assert found[0].isfinite().all()
+    for name, logits, pool in zip(("pieces", "launch", "again"), found[1:], pools[1:], strict=True):
+        assert torch.equal(logits, found[0]), f"{name}: {relative_error(logits, found[0])}"
+        assert torch.equal(pool, pools[0]), name
+
+
+def test_ten_thousand_steps_are_all_the_same(case: Case) -> None:
+    """Captured, one behind the other, as an engine launches them."""
+    step = case.persistent()
+    prepare(case, 400)
+    expected = step.launch().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.launch()
+    wrong = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    before = int(case.step)
+    for _ in range(10_000):
+        graph.replay()
+        wrong += (step.memory.logits != expected).any()
+    assert int(wrong) == 0
+    assert not step.has_failed
+    assert int(case.step) == before + 10_000
+    assert int(step.memory.barrier) & 0x7FFFFFFF == 0
+    assert not case.scratch.decode.counters.any()
+
+
+def test_more_programs_than_there_is_room_for_are_refused(case: Case) -> None:
+    """And not waited for by those that have room."""
+    step = case.persistent()
+    grid = attrs.evolve(step.grid, num_programs=64 * step.grid.num_programs)
+    with pytest.raises(RuntimeError):
+        attrs.evolve(step, grid=grid).launch()
+    prepare(case, 31)
+    assert step.launch().isfinite().all()  # the device works on
+
+
+def config(**changes: object) -> EngineConfig:
+    base = {"device": "cuda", "random_weights": True, "max_batch": 4, "device_kv_bytes": 1 << 28}
+    return EngineConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+async def test_an_engine_says_how_it_launches_and_gives_the_same_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**WIDE, "max_position_embeddings": 2048}))
+    options = GenerateOptions(max_tokens=40, ignore_eos=True)
+    prompts = [[(7 * i + i * i // 5 + 3 * k) % 9000 for i in range(50 + 90 * k)] for k in range(4)]
+    texts = {}
+    for way in ("graph", "persistent"):
+        async with Engine(str(tmp_path), config(decode_launch=way)) as engine:
+            assert ("one launch" in engine.stats().kernels) == (way == "persistent")
+            texts[way] = [(await engine.generate(prompt, options)).token_ids for prompt in prompts]
+            await engine.check()
+    same = [
+        sum(a == b for a, b in zip(x, y, strict=True)) / len(x)
+        for x, y in zip(texts["graph"], texts["persistent"], strict=True)
+    ]
+    # Other tiles, other bits: a near tie may turn one text; most must agree wholly.
+    assert sum(share == 1 for share in same) >= 3, same
