@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # of one process that compiles them all
 SHARED_BYTES = 232_448  # of one multiprocessor of an H100
 # This spills a little: the tile is still 6 % faster than the next best, which does not.
 MAX_STACK_BYTES = {"prefill_128_2048": 96}
