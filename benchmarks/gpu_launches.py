@@ -37,7 +37,7 @@ from agentrt.step_device import CudaDevice
 
 BLOCK_TOKENS = 64
 CHECKED_STEPS = 12
-NEAR = 0.03  # of the logits' deviation: bf16's own error, after so many layers
+NEAR = 0.06  # of the logits' deviation: some times bf16's own error; a wrong token is 4 away
 TURN, ROUNDS = 20, 9
 Way = tuple[Callable[[], object], torch.Tensor]  # how to run a step, and its logits
 
