@@ -60,8 +60,8 @@ CUDA_LIMITS = DraftLimits(
     guesses_a_request=1.0,
 )
 # Keys and values that a decode step reads in a layer, from which on its contexts count as long (see
-# `choose_stages`). To be measured: `benchmarks/gpu_kernels.py --only attention`.
-LONG_KV_BYTES = 16 << 20
+# `choose_stages`): between 32 rows of 1,024 tokens (1B shape, 76 MB) and 8 of 16,384 (270).
+LONG_KV_BYTES = 128 << 20
 
 
 @frozen
@@ -177,13 +177,13 @@ class CudaRunner:
         if not self.ops.cudnn or PREFIX_TOKENS % block_tokens:
             return
         geometry = self.model.geometry
-        query = self.kv.new_zeros(rows, geometry.num_kv_heads, self._group, geometry.head_dim)
+        query = self.kv.new_zeros(geometry.num_kv_heads, rows, self._group, geometry.head_dim)
         most_tokens = min(self.config.max_context_tokens, self.config.num_blocks * block_tokens)
         for num_tokens in lengths_to_plan(*self._head_shape, rows, most_tokens):
             table = torch.arange(
                 num_tokens // block_tokens, dtype=torch.int32, device=self.kv.device
             )
-            attend_prefix(query, self.kv[0], table)
+            attend_prefix(query, rows, self.kv[0], table)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:

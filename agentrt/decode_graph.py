@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agentrt.cuda_inputs import NUM_BUFFERS
 from agentrt.decode_persistent import capture_step, persistent_step
-from agentrt.kernels.attention_decode import choose_stages
+from agentrt.kernels.attention_decode import FEW_ROWS
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.persistent_step import PersistentStep
@@ -138,9 +138,9 @@ class DecodeGraphs:
                 "on the device: keep other work off it, or use decode_launch='graph'"
             )
 
-    def _differs_if_long(self, bucket: int) -> bool:
-        dim = self.model.geometry.head_dim
-        return choose_stages(dim, bucket, is_long=True) != choose_stages(dim, bucket)
+    @staticmethod
+    def _differs_if_long(bucket: int) -> bool:
+        return bucket > FEW_ROWS
 
     def compute(self, bucket: int, *, is_long: bool = False) -> Tensor:
         """The step itself: what a graph holds, and what runs without one."""

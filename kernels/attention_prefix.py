@@ -68,18 +68,16 @@ def lengths_to_plan(num_heads: int, dim: int, num_rows: int, max_tokens: int) ->
 
 
 def attend_prefix(
-    query: Tensor,  # [rows, kv_heads, group, dim]
+    query: Tensor,  # [kv_heads, rows, group, dim], queries turned
+    num_rows: int,  # those that count: the others are there for the shape, and may hold anything
     kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
     table: Tensor,  # the blocks before the chunk, all full
-    most_rows: int = 0,
 ) -> Prefix:
-    """Attention of all rows to all tokens of the blocks, computed as that of `most_rows` rows."""
-    rows, kv_heads, group, dim = query.shape
+    """Attention of all rows to all tokens of the blocks."""
+    kv_heads, _, group, dim = query.shape
     key, value = gather(kv, table)
-    packed = query.new_zeros(kv_heads, max(rows, most_rows), group, dim)
-    packed[:, :rows] = query.transpose(0, 1)
-    out, lse = _attend(packed.view(1, kv_heads, -1, dim), key[None], value[None])
-    num = rows * group
+    out, lse = _attend(query.view(1, kv_heads, -1, dim), key[None], value[None])
+    num = num_rows * group
     found = out[0, :, :num].contiguous(), lse.reshape(kv_heads, -1)[:, :num].contiguous()
     return Prefix(*found, key.shape[1])
 

@@ -67,7 +67,10 @@ class Attention:
         if self.tiles is not None:
             assert self.tile_shape is not None
             slots, positions = rows.slots[num:], rows.positions[num:]
-            append_heads(qkv[num:], kv, rows.tables, slots, positions, geometry, norms)
+            packed = self._packed(qkv[num:], geometry)
+            append_heads(
+                qkv[num:], kv, rows.tables, slots, positions, geometry, norms, packed=packed
+            )
             prefill_attention(
                 qkv[num:],
                 kv,
@@ -75,7 +78,7 @@ class Attention:
                 rows.tables,
                 self.tiles,
                 self.tile_shape,
-                self._prefix(qkv[num:], kv, geometry),
+                self._prefix(packed, len(qkv) - num, kv),
                 self.counters,
             )
         return out
@@ -111,10 +114,15 @@ class Attention:
             ordered_prefill(qkv[num:], kv, out[num:], rows.tables, self.tiles, self.tile_shape)
         return out
 
-    def _prefix(self, qkv: Tensor, kv: Tensor, geometry: Geometry) -> Prefix | None:
+    def _packed(self, qkv: Tensor, geometry: Geometry) -> Tensor | None:
+        """Where the queries go for `attend_prefix`."""
         if self.prefix_blocks is None:
             return None
-        heads = qkv.view(qkv.shape[0], -1, geometry.head_dim)[:, : geometry.num_heads]
-        shape = (len(qkv), geometry.num_kv_heads, -1, geometry.head_dim)
-        grouped = heads.reshape(shape)
-        return attend_prefix(grouped, kv, self.prefix_blocks, self.most_rows)
+        group = geometry.num_heads // geometry.num_kv_heads
+        rows = max(len(qkv), self.most_rows)
+        return qkv.new_empty(geometry.num_kv_heads, rows, group, geometry.head_dim)
+
+    def _prefix(self, packed: Tensor | None, num_rows: int, kv: Tensor) -> Prefix | None:
+        if packed is None or self.prefix_blocks is None:
+            return None
+        return attend_prefix(packed, num_rows, kv, self.prefix_blocks)

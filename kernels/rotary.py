@@ -55,7 +55,7 @@ def rotate(
 
 
 @triton.jit(
-    do_not_specialize=["num_decode"],
+    do_not_specialize=["num_decode", "packed_rows"],
     do_not_specialize_on_alignment=["slots", "positions", "starts"],
 )
 def append_kernel(
@@ -72,6 +72,8 @@ def append_kernel(
     query_norm,
     key_norm,
     eps,
+    packed,  # [kv_heads, packed_rows, group, D], if PACKED: the turned queries once more
+    packed_rows,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -79,6 +81,7 @@ def append_kernel(
     TABLE: tl.constexpr,
     NORM: tl.constexpr,
     HP: tl.constexpr,  # HEADS + KV_HEADS, padded to a power of two
+    PACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Of one row: turn queries and keys, and write keys and values into their block."""
@@ -108,6 +111,10 @@ def append_kernel(
     tl.debug_barrier()  # other threads read, as the other half, what the next lines overwrite
     both = both.to(qkv.dtype.element_ty)
     tl.store(pointers[:, None] + columns[None, :], both, mask=is_query[:, None])
+    if PACKED:
+        G: tl.constexpr = HEADS // KV_HEADS
+        places = ((head // G).to(tl.int64) * packed_rows + row) * G + head % G
+        tl.store(packed + places[:, None] * D + columns[None, :], both, mask=is_query[:, None])
     kv_head = head - HEADS
     cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
     offsets = cells[:, None] * D + columns[None, :]
@@ -128,12 +135,14 @@ def append_heads(
     norms: tuple[Tensor, Tensor] | None,
     *,
     starts: Tensor | None = None,
+    packed: Tensor | None = None,
     is_exact: bool = False,
     pdl: bool = False,
 ) -> None:
     """Turn the rows' queries in place, and append their keys and values to the pool. `starts`
     are the first tiles of the decode rows, if those are here too (see `attention_decode`);
-    `is_exact`: see `exact`."""
+    `packed` [kv_heads, at least rows, group, dim] gets the turned queries too; `is_exact`: see
+    `exact`."""
     heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
     append_kernel[(qkv.shape[0],)](
         qkv,
@@ -149,6 +158,8 @@ def append_heads(
         geometry.cos if norms is None else norms[0],
         geometry.cos if norms is None else norms[1],
         geometry.norm_eps,
+        qkv if packed is None else packed,
+        0 if packed is None else packed.shape[1],
         heads,
         kv_heads,
         geometry.head_dim,
@@ -156,6 +167,7 @@ def append_heads(
         tables.shape[1],
         norms is not None,
         triton.next_power_of_2(heads + kv_heads),
+        packed is not None,
         pdl,
         num_warps=4,
         **exact_options(pdl, is_exact),

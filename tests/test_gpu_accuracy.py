@@ -171,8 +171,8 @@ def test_long_prefill_attention(heads: int, kv_heads: int, dim: int, with_prefix
     expected = torch.einsum("hrt,htd->rhd", weights, values.repeat_interleave(group, 0)).flatten(1)
     prefix: Prefix | None = None
     if with_prefix:
-        grouped = query.reshape(rows, kv_heads, group, dim)
-        prefix = attend_prefix(grouped, kv, tables[0, : before // BLOCK_TOKENS])
+        packed = query.reshape(rows, kv_heads, group, dim).transpose(0, 1).contiguous()
+        prefix = attend_prefix(packed, rows, kv, tables[0, : before // BLOCK_TOKENS])
     geometry = type("G", (), {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim})
     shape, tiles = CudaOps(DEVICE).plan_chunks([(0, before, rows, 0)], geometry)  # type: ignore[arg-type]
     assert tiles == plan_tiles([(0, before, rows, 0)], group, shape.rows)

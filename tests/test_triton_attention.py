@@ -220,11 +220,13 @@ def test_prefill_continues_from_a_prefix_that_is_done() -> None:
     qkv = torch.randn(20, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
     positions = torch.arange(80, 100, dtype=torch.int32, device=DEVICE)
     slots = torch.ones(20, dtype=torch.int32, device=DEVICE)
-    append_heads(qkv, case.kv, case.tables, slots, positions, case.geometry, None)
+    packed = torch.zeros(kv_heads, 32, heads // kv_heads, dim).to(qkv)
+    append_heads(qkv, case.kv, case.tables, slots, positions, case.geometry, None, packed=packed)
     query = qkv.view(20, -1, dim)[:, :heads]
     expected = attend_segment(query, case.kv, Segment(0, 20, 80, ids)).flatten(1)
     blocks = torch.tensor(ids[:4], dtype=torch.int32, device=DEVICE)
-    prefix = attend_prefix(query.reshape(20, kv_heads, -1, dim), case.kv, blocks, most_rows=32)
+    assert torch.equal(packed[:, :20].transpose(0, 1).reshape(20, heads, dim), query)
+    prefix = attend_prefix(packed, 20, case.kv, blocks)
     assert prefix.num_tokens == 64
     shape = PrefillTiles(64, 32, 2, 4)
     tiles = torch.tensor(plan_tiles([(0, 80, 20, 1)], 4, 64), dtype=torch.int32, device=DEVICE)
