@@ -25,7 +25,7 @@ from agentrt.kernels.persistent_products import PersistentTiles
 from agentrt.kernels.sample import CHUNK, num_chunks
 
 NUM_WARPS = 8
-PROGRAMS_OF_TESTS = 6
+PROGRAMS_OF_TESTS = 4
 
 
 @frozen
