@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from agentrt.errors import GrammarInvalid, ModelUnsupported
+from agentrt.grammar_schemas import exact_schema
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,20 +30,6 @@ MAX_KEY_CHARACTERS = 64
 MAX_ITEMS = 16
 MAX_INTEGER = 10**18  # llguidance handles bounds as float64 and fails just below 2**63
 
-# llguidance's own rules for these formats take 30 February, and leap seconds at any time of a day.
-_MONTH_DAY = (
-    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-)
-_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
-_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
-_DATE = f"(?:{_YEAR}-{_MONTH_DAY}|{_LEAP_YEAR}-02-29)"
-_TIME = (
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
-    "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
-)
-_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
-
 # The one way that json.dumps prints; llguidance's default, any white space anywhere, is one more
 # thing to repeat without end.
 _JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -56,13 +43,21 @@ _MAX_PROTOTYPES = 64  # compiled grammars that are kept; a session asks for the 
 
 
 def json_schema(schema: Mapping[str, Any]) -> str:
-    """The grammar of one JSON value that fits the schema, laid out as `json.dumps` does."""
+    """The grammar of one JSON value that fits the schema, laid out as `json.dumps` does.
+
+    Raises GrammarInvalid where the schema has what no grammar here can hold.
+    """
     return f"start: {json_value(schema)}\n"
 
 
 def json_value(schema: Mapping[str, Any]) -> str:
     """The same, as the right side of a rule of a Lark grammar."""
-    return f"%json {quoted({**JSON_LAYOUT, **exact_formats(schema)})}"
+    return exact_json_value(exact_schema(schema))
+
+
+def exact_json_value(schema: Mapping[str, Any]) -> str:
+    """The same, of a schema that `exact_schema` has made."""
+    return f"%json {quoted({**JSON_LAYOUT, **schema})}"
 
 
 def regex(pattern: str) -> str:
@@ -105,18 +100,6 @@ def bounded(schema: Any) -> Any:
     return made
 
 
-def exact_formats(schema: Any) -> Any:
-    """The schema with a pattern of ours instead of each format of dates and times."""
-    if not isinstance(schema, Mapping):
-        return schema
-    made = {key: _within(key, value, exact_formats) for key, value in schema.items()}
-    form = made.get("format")
-    if isinstance(form, str) and form in _PATTERNS and "pattern" not in made:
-        del made["format"]
-        made["pattern"] = _PATTERNS[form]
-    return made
-
-
 def _within(key: str, value: Any, change: Callable[[Any], Any]) -> Any:
     """A keyword's value, with each schema in it changed. What is no schema stays: llguidance says
     so."""
@@ -142,7 +125,7 @@ def _bound_map(schema: dict[str, Any]) -> None:
     values = schema.get("additionalProperties", True)
     if values is False or schema.get("properties") or "patternProperties" in schema:
         return  # llguidance bounds the number of properties of pure maps only
-    schema["patternProperties"] = {f"^.{{1,{MAX_KEY_CHARACTERS}}}$": values}
+    schema["patternProperties"] = {f"^[^\n]{{1,{MAX_KEY_CHARACTERS}}}$": values}
     schema["additionalProperties"] = False
     schema.setdefault("maxProperties", max(MAX_ITEMS, schema.get("minProperties", 0)))
 

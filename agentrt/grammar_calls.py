@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import field, frozen
 
 from agentrt.errors import GrammarInvalid
-from agentrt.grammar import JSON_LAYOUT, bounded, json_value, quoted
+from agentrt.grammar import bounded, exact_json_value, json_value, quoted
 from agentrt.grammar_python import PythonRules
+from agentrt.grammar_schemas import exact_schema
 from agentrt.parsers import THINK_CLOSE, THINK_OPEN, CallFormat
 from agentrt.parsers_families import (
     ARGUMENTS_TAG,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from agentrt.tools import Tool, ToolSet
 
 MAX_CALLS = 16
+_REFERENCE = '"$ref"'
 Thinking = Literal["no", "block", "inside"]  # a block comes first, or the turn begins inside one
 
 # What may come in free text that is no start of a call. Text and tag are one terminal: the lexer is
@@ -88,10 +91,10 @@ def thinking_then(rule: str, thinking: Thinking, special: Mapping[str, int]) -> 
 
 
 def _tagged(tools: ToolSet, shape: TurnShape) -> str:
-    body = {**JSON_LAYOUT, "anyOf": [_call_schema(each) for each in tools]}
+    body = {"anyOf": [_call_schema(each) for each in tools]}
     open_, close = _literal(OPEN_TAG, shape), _literal(CLOSE_TAG, shape)
     more = _repeated(f'"\\n" {open_} "\\n" call', shape)
-    rules = f'calls: call {more}\ncall: body "\\n" {close}\nbody: {json_value(body)}\n'
+    rules = f'calls: call {more}\ncall: body "\\n" {close}\nbody: {exact_json_value(body)}\n'
     if OPEN_TAG in shape.special:
         return _after_special(OPEN_TAG, '"\\n" calls', rules, shape)
     return _after_text(f"{OPEN_TAG}\n", text_without(OPEN_TAG), rules, shape)
@@ -107,9 +110,9 @@ def _llama_json(tools: ToolSet, shape: TurnShape) -> str:
 
 
 def _mistral(tools: ToolSet, shape: TurnShape) -> str:
-    body = {**JSON_LAYOUT, "anyOf": [_call_schema(each) for each in tools]}
+    body = {"anyOf": [_call_schema(each) for each in tools]}
     more = _repeated('", " body', shape)
-    rules = f'calls: body {more} "]"\nbody: {json_value(body)}\n'
+    rules = f'calls: body {more} "]"\nbody: {exact_json_value(body)}\n'
     if MISTRAL_TAG in shape.special:
         return _after_special(MISTRAL_TAG, '" [" calls', rules, shape)
     return _after_text(f"{MISTRAL_TAG} [", text_without(MISTRAL_TAG), rules, shape)
@@ -211,7 +214,11 @@ def _literal(text: str, shape: TurnShape) -> str:
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    properties = {"name": {"const": tool.name}, "arguments": bounded(tool.parameters)}
+    arguments = exact_schema(bounded(tool.parameters))
+    if _REFERENCE in json.dumps(arguments):
+        # a resource of its own: in it "#/$defs/..." is what the tool's schema calls so
+        arguments.setdefault("$id", f"http://tool/{tool.name}")
+    properties = {"name": {"const": tool.name}, "arguments": arguments}
     return {
         "type": "object",
         "properties": properties,

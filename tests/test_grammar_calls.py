@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from agentrt.errors import GrammarInvalid
 from agentrt.grammar import Constraint, GrammarCompiler
 from agentrt.grammar_calls import MAX_CALLS, TurnShape, text_without_calls, tool_calls
 from agentrt.parsers import TurnParser, parse_turn
 from agentrt.parsers_families import FORMATS, HERMES, LLAMA_JSON, LLAMA_PYTHONIC, MISTRAL
 from agentrt.structured import output_form
 from agentrt.tool_arguments import bind
-from agentrt.tools import ToolSet, tool
+from agentrt.tools import Tool, ToolSet, tool
 from agentrt.types import ReasoningDelta, ToolCall, ToolCallArguments
 
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>"]
@@ -199,3 +200,36 @@ def test_an_answer_may_have_a_form_of_its_own(tokenizers, compilers, form, has_s
     only = text_without_calls(form, shape_of(has_special, answer=answer))
     assert takes(compiler.compile(only), made, "no")
     assert not takes(compiler.compile(only), made, form.render([CALL]))
+
+
+def tool_of(name: str, parameters: dict[str, Any]) -> Tool:
+    return Tool(name=name, description=name, parameters=parameters, function=plan_all.function)
+
+
+@every_family
+@with_specials
+def test_tools_may_have_definitions_of_their_own(tokenizers, compilers, form, has_special) -> None:
+    """Two tools whose schemas, of different drafts, give one name to different things."""
+    both = {"type": "object", "properties": {"a": {"$ref": "#/definitions/x"}}, "required": ["a"]}
+    number, text = (
+        {"definitions": {"x": {"type": "integer"}}},
+        {"definitions": {"x": {"const": "q"}}},
+    )
+    old = {"$schema": "http://json-schema.org/draft-07/schema#"}
+    tools = ToolSet([tool_of("first", old | number | both), tool_of("second", text | both)])
+    grammar = tool_calls(tools, form, shape_of(has_special, required=True))
+    for name, value, is_taken in [("first", 1, True), ("second", "q", True), ("second", 1, False)]:
+        call = form.render([ToolCall("", name, {"a": value})])
+        constraint = compilers[has_special].compile(grammar)
+        assert takes(constraint, tokenizers[has_special], call) == is_taken
+
+
+def test_what_ties_arguments_together_is_refused_in_the_pythonic_form() -> None:
+    either = {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}
+    schema = {"type": "object", "properties": {"a": {}, "b": {}}}
+    for more, keyword in [(either, "anyOf"), ({"required": ["c"]}, "required")]:
+        with pytest.raises(GrammarInvalid, match=keyword):
+            tool_calls(ToolSet([tool_of("f", schema | more)]), LLAMA_PYTHONIC)
+    root = {"properties": {"a": {"$ref": "#"}}}
+    with pytest.raises(GrammarInvalid, match=r"\$ref"):
+        tool_calls(ToolSet([tool_of("f", root)]), LLAMA_PYTHONIC)
