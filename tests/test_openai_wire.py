@@ -120,7 +120,9 @@ async def test_what_is_wrong_is_named(tokenizer, template, fields, param, code):
         ("GET", CHAT, 405, "POST"),
         ("DELETE", "/v1/models/fake", 405, "GET"),
         ("GET", "/v1/responses/resp_0", 404, "not stored"),
-        ("GET", "/v1/responses/resp_0/input_items", 404, "/v1/responses/ID"),
+        ("GET", "/v1/responses/resp_0/input_items", 404, "not stored"),
+        ("POST", "/v1/responses/resp_0/input_items", 405, "GET"),
+        ("POST", "/v1/responses/resp_0/cancel", 404, "/v1/responses/ID"),
     ],
 )
 async def test_other_paths_are_refused(tokenizer, template, method, path, status, words):
