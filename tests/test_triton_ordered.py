@@ -23,7 +23,7 @@ from agentrt.kernels.ordered_products import OrderedTiles, OrderedWork, ordered_
 from agentrt.kernels.reference import attend_segment
 from agentrt.kernels.rotary import append_heads
 
-pytestmark = [*interpreted, pytest.mark.usefixtures("sums_in_order")]
+pytestmark = [*interpreted, pytest.mark.usefixtures("sums_in_order"), pytest.mark.timeout(400)]
 TOLERANCE = 6e-3  # bf16 rounds to 2^-9
 
 
