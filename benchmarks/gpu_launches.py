@@ -47,6 +47,7 @@ class Steps:
 
     def __init__(self, batch: int, context: int, model: LlamaModel, ops: CudaOps) -> None:
         self.batch, self.context, self.model, self.ops = batch, context, model, ops
+        self.kept: list[object] = []
         spec, device = model.spec, ops.device
         blocks = (context + CHECKED_STEPS) // BLOCK_TOKENS + 1
         size = (spec.num_layers, 2, batch * blocks, spec.num_kv_heads, BLOCK_TOKENS, spec.head_dim)
@@ -111,6 +112,7 @@ class Steps:
             }
         for name, grid in grids.items():
             step = persistent_step(graphs, grid)
+            self.kept.append(step)  # the graph holds its addresses alone
             made = device.capture(step.launch)
             found[name] = (made.replay, made.logits)
         step = persistent_step(graphs, chosen)
