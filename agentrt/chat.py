@@ -136,14 +136,19 @@ class Chat:
         special = self.tokenizer.special_tokens
         return TurnShape(thinking=self.thinking(rendered), special=special, **shape)
 
-    async def constraint(self, grammar: str | None) -> Constraint | None:
-        """Compile a grammar in a worker thread. Raises GrammarInvalid."""
+    async def constraint(
+        self, grammar: str | None, max_tokens: int | None = None
+    ) -> Constraint | None:
+        """Compile a grammar in a worker thread; with `max_tokens` its text is complete by then.
+
+        Raises GrammarInvalid.
+        """
         if grammar is None:
             return None
         async with self._building:
             if self._compiler is None:
                 self._compiler = await anyio.to_thread.run_sync(self._build_compiler)
-        return await anyio.to_thread.run_sync(self._compiler.compile, grammar)
+        return await anyio.to_thread.run_sync(self._compiler.compile, grammar, max_tokens)
 
     def _build_compiler(self) -> GrammarCompiler:
         from agentrt.grammar import GrammarCompiler

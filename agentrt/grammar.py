@@ -12,7 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve
+
 from agentrt.errors import GrammarInvalid, ModelUnsupported
+from agentrt.grammar_ending import Ending, closing_order
 from agentrt.grammar_schemas import exact_schema
 
 if TYPE_CHECKING:
@@ -168,15 +171,20 @@ class GrammarCompiler:
         """The length of a mask row: one int32 for each 32 tokens."""
         return (self.vocab_size + 31) // 32
 
-    def compile(self, grammar: str) -> Constraint:
-        """A fresh constraint.
+    def compile(self, grammar: str, max_tokens: int | None = None) -> Constraint:
+        """A fresh constraint. With `max_tokens` what it takes (`take`) is complete by then, if
+        that many can be enough.
 
         Raises GrammarInvalid with llguidance's message if it is no grammar, and ModelUnsupported
         if llguidance does not know the tokenizer's kind.
         """
         with self._lock:
             matcher = self._prototype(grammar).deep_copy()
-        return Constraint(matcher, self.num_mask_words, self._eos_token_ids)
+            order = None if max_tokens is None else self._closing_order
+        constraint = Constraint(matcher, self.num_mask_words, self._eos_token_ids)
+        if max_tokens is not None and order is not None:
+            constraint.end_within(Ending(max_tokens, order, min(self._eos_token_ids)))
+        return constraint
 
     def _prototype(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
@@ -190,6 +198,10 @@ class GrammarCompiler:
         if len(self._prototypes) > _MAX_PROTOTYPES:
             self._prototypes.popitem(last=False)
         return prototype
+
+    @cached_property
+    def _closing_order(self) -> NDArray[np.int32]:
+        return closing_order(self._backend, self.vocab_size)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -226,6 +238,7 @@ class Constraint:
         self._eos_token_ids = eos_token_ids
         self._num_tokens = 0
         self._has_end = False
+        self._ending: Ending | None = None
 
     def __repr__(self) -> str:
         return f"<Constraint tokens={self._num_tokens} is_finished={self.is_finished}>"
@@ -262,6 +275,26 @@ class Constraint:
         self._num_tokens += 1
         return True
 
+    def end_within(self, ending: Ending) -> None:
+        """Complete the text within the ending's tokens, from the first on."""
+        assert not self._num_tokens
+        ending.begin(self._matcher, self._num_mask_words)
+        self._ending = ending
+
+    def take(self, token_id: int) -> int:
+        """Moves on by this token, which is allowed here, or by the one that must come instead where
+        few are left; says by which."""
+        if self._ending is not None and not self.is_finished:
+            num_left = self._ending.max_tokens - self._num_tokens
+            token_id = self._ending.token(self._matcher, token_id, num_left, self._num_mask_words)
+        self.accept(token_id)
+        return token_id
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the text was brought to an end that the model did not write."""
+        return self._ending is not None and self._ending.is_near
+
     def _stopped_itself(self) -> bool:
         return self.is_finished and bool(self._matcher.stop_reason() != "EndOfSentence")
 
@@ -278,6 +311,7 @@ class Constraint:
     def rollback(self, num_tokens: int) -> None:
         """Takes the last tokens back, an end-of-turn token too."""
         assert 0 <= num_tokens <= self._num_tokens, (num_tokens, self._num_tokens)
+        assert self._ending is None or not num_tokens, "what is kept completable is not taken back"
         if num_tokens:
             self._matcher.rollback(num_tokens - self._has_end)
             self._has_end = False
@@ -286,7 +320,11 @@ class Constraint:
 
     def forced_tokens(self) -> list[int]:
         """The tokens that must come next, as the tokenizer would write that text; often none."""
-        return [] if self.is_finished else list(self._matcher.compute_ff_tokens())
+        if self.is_finished:
+            return []
+        if self._ending is not None and self._ending.is_near:
+            return list(self._ending.way or ())
+        return list(self._matcher.compute_ff_tokens())
 
     def num_allowed(self, token_ids: list[int]) -> int:
         """How many of these tokens may come, one after the other."""
@@ -296,6 +334,7 @@ class Constraint:
         """A copy that goes its own way."""
         copy = Constraint(self._matcher.deep_copy(), self._num_mask_words, self._eos_token_ids)
         copy._num_tokens, copy._has_end = self._num_tokens, self._has_end
+        copy._ending = None if self._ending is None else evolve(self._ending)
         return copy
 
     def _check_matcher(self) -> None:

@@ -201,12 +201,13 @@ class Request:
         """Why the request ends with `token_id`, if it does. The grammar stands at the newest token
         of those that a step gave."""
         options = self.options
+        is_cut_short = self.constraint is not None and self.constraint.is_cut_short
         if token_id in self.eos_token_ids and not options.ignore_eos:
-            return "stop"
+            return "length" if is_cut_short else "stop"
         if token_id in options.stop_token_ids:
             return "stop"
         if is_newest and self.constraint is not None and self.constraint.is_finished:
-            return "stop"
+            return "length" if is_cut_short else "stop"
         if self.is_full and self.num_pending == 0:
             return "length"
         return None

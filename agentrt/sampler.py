@@ -151,7 +151,7 @@ def _sample_row(
     if options.temperature > 0:
         token = _draw(row, request)
     if request.constraint is not None:
-        request.constraint.accept(token)
+        token = request.constraint.take(token)
     if options.top_logprobs is None:
         return token, None
     return token, _logprob(row, token, options.top_logprobs)

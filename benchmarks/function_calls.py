@@ -7,7 +7,8 @@
 Each case twice: held to the grammar of its tools, and free, with the same prompt. A call is valid
 if it names a tool and `jsonschema` takes its arguments; a case is right if its calls are those that
 the data expects, in any order. Dots in names become underscores, as our tools' names have none.
-A turn that is cut at --max-tokens may end within a call: that one is not counted, the turn is.
+A turn that reaches --max-tokens is closed there (`end_in_time`); with `--ways cut` it is cut, maybe
+within a call. `valid` is of all calls that were begun.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from attrs import asdict, frozen
 
 from agentrt import Completion, Engine, EngineConfig, GenerateOptions, ToolCall
 from agentrt.parsers import TurnParser, parse_turn
-from agentrt.parsers_families import HERMES
+from agentrt.parsers_families import HERMES, OPEN_TAG
 from agentrt.tool_prompt import render_tool_section
 from agentrt.tools import Tool, ToolSet
 from agentrt.types import ToolChoice
@@ -66,7 +67,8 @@ class Outcome:
     num_tokens: int
     is_cut: bool
     is_right: bool
-    cut_text: str = ""  # what was cut
+    cut_text: str = ""  # what reached the limit
+    num_begun: int = 0
 
 
 def load(wheel: Path, kind: str, num_cases: int | None) -> list[Case]:
@@ -189,13 +191,26 @@ async def constrained(
     engine: Engine, case: Case, kind: str, max_tokens: int
 ) -> tuple[tuple[ToolCall, ...], Completion]:
     """Held to the grammar: one call, or at least one where the kind has several."""
+    return await _held(engine, case, kind, max_tokens, end_in_time=True)
+
+
+async def cut(
+    engine: Engine, case: Case, kind: str, max_tokens: int
+) -> tuple[tuple[ToolCall, ...], Completion]:
+    """The same, but cut where the tokens run out."""
+    return await _held(engine, case, kind, max_tokens, end_in_time=False)
+
+
+async def _held(
+    engine: Engine, case: Case, kind: str, max_tokens: int, *, end_in_time: bool
+) -> tuple[tuple[ToolCall, ...], Completion]:
     choice: ToolChoice = "required" if kind.startswith("parallel") else "once"
     async with engine.session(
         system=SYSTEM,
         tools=case.tools,
         tool_choice=choice,
         max_steps=1,
-        options=GenerateOptions(max_tokens=max_tokens),
+        options=GenerateOptions(max_tokens=max_tokens, end_in_time=end_in_time),
     ) as session:
         reply = await session.run(case.question)
     (step,) = reply.steps
@@ -215,7 +230,7 @@ async def free(
 
 
 Way = Callable[[Engine, Case, str, int], Awaitable[tuple[tuple[ToolCall, ...], Completion]]]
-WAYS: dict[str, Way] = {"constrained": constrained, "free": free}
+WAYS: dict[str, Way] = {"constrained": constrained, "cut": cut, "free": free}
 
 
 async def outcome(engine: Engine, case: Case, kind: str, way: str, max_tokens: int) -> Outcome:
@@ -231,6 +246,7 @@ async def outcome(engine: Engine, case: Case, kind: str, way: str, max_tokens: i
         is_cut=is_cut,
         is_right=is_right(case, calls),
         cut_text=completion.text if is_cut else "",
+        num_begun=max(len(calls), completion.text.count(OPEN_TAG)),
     )
 
 
@@ -274,7 +290,7 @@ async def run_kind(
 def summary(outcomes: list[Outcome]) -> dict[str, int]:
     total: Counter[str] = Counter(cases=len(outcomes))
     for each in outcomes:
-        total["calls"] += each.num_calls
+        total["calls"] += max(each.num_begun, each.num_calls)
         total["valid"] += each.num_valid
         total["tokens"] += each.num_tokens
         total["cut"] += each.is_cut
@@ -299,7 +315,7 @@ async def main() -> None:
     parser.add_argument("wheel", type=Path, help="bfcl_eval-*.whl")
     parser.add_argument("--cases", type=int, help="of each kind, evenly spread (default: all)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["constrained", "free"])
     parser.add_argument("--agents", type=int, default=8, help="cases at a time")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--log", type=Path, help="the outcome of each case, to go on from")

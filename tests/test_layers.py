@@ -18,7 +18,7 @@ LAYERS = [
     {"kernels", "cache"},
     {
         *("docstring", "gguf_file", "gguf_model", "grammar", "grammar_calls", "grammar_masks"),
-        *("grammar_patterns", "grammar_python", "grammar_schemas"),
+        *("grammar_ending", "grammar_patterns", "grammar_python", "grammar_schemas"),
         *("model_folder", "models", "parsers", "parsers_cursor", "parsers_families"),
         *(
             "parsers_python",

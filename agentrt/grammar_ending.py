@@ -1,0 +1,111 @@
+"""How a text is brought to the end that its grammar wants, before the tokens run out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attrs import define, field
+
+if TYPE_CHECKING:
+    import numpy as np
+    from llguidance import LLMatcher
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+
+_CLOSERS = frozenset("\"'}])>\n ")
+_SEPARATORS = frozenset(",: ")
+
+
+def closing_order(backend: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
+    """All tokens, those first that are likely to bring a text to its end: what closes, the longest
+    first; what separates; then the shortest."""
+    import numpy as np
+
+    def rank(token: int) -> tuple[int, int]:
+        text = texts[token]
+        if text and set(text) <= _CLOSERS:
+            return (0, -len(text))
+        return (1 if text and set(text) <= _SEPARATORS else 2, len(text))
+
+    num_tokens = min(vocab_size, backend.get_vocab_size())
+    texts = [backend.decode([token], skip_special_tokens=False) for token in range(num_tokens)]
+    return np.array(sorted(range(num_tokens), key=rank), dtype=np.int32)
+
+
+def way_to_end(
+    matcher: LLMatcher, order: NDArray[np.int32], num_words: int, most_tokens: int
+) -> list[int] | None:
+    """Tokens that complete the text from here, as few as is easily found; None where that takes
+    more than `most_tokens`."""
+    import numpy as np
+
+    matcher, way = matcher.deep_copy(), list[int]()
+    row = np.zeros(num_words, dtype=np.int32)
+    while not matcher.is_accepting():
+        more = list(matcher.compute_ff_tokens())
+        if not more:
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            bits = np.unpackbits(row.view(np.uint8), bitorder="little")
+            more = [int(order[bits[order].argmax()])]
+        if len(way) + len(more) > most_tokens or matcher.try_consume_tokens(more) != len(more):
+            return None
+        way += more
+    return way
+
+
+@define
+class Ending:
+    """Keeps a text such that it can be completed within `max_tokens`.
+
+    State: `way`, tokens that complete the text from where its grammar stands, None where it cannot
+    be told; `is_near`, whether nothing else may follow any more. Invariant: a way that was known
+    at the first token is known, and not longer than the tokens that are left, until the text ends.
+    """
+
+    max_tokens: int
+    order: NDArray[np.int32] = field(repr=False)
+    eos_token_id: int
+    way: list[int] | None = None
+    is_near: bool = False
+    is_lost: bool = False
+
+    def begin(self, matcher: LLMatcher, num_words: int) -> None:
+        """Find the way from a text's first token."""
+        self.way = way_to_end(matcher, self.order, num_words, self.max_tokens)
+        self.is_lost = self.way is None
+
+    def token(self, matcher: LLMatcher, token_id: int, num_left: int, num_words: int) -> int:
+        """The token to take of `num_left`: this one, or, where the text could not be completed
+        behind it, the next on the way."""
+        if self.is_lost or token_id == self.eos_token_id:
+            return token_id
+        assert self.way is not None
+        if not self.is_near:
+            after = self._way_behind(matcher, token_id, num_left - 1, num_words)
+            if after is not None:
+                self.way = after
+                return token_id
+            self.is_near = True
+        if not self.way:
+            return self.eos_token_id
+        token_id, self.way = self.way[0], self.way[1:]
+        return token_id
+
+    def _way_behind(
+        self, matcher: LLMatcher, token_id: int, num_left: int, num_words: int
+    ) -> list[int] | None:
+        assert self.way is not None
+        if self.way and token_id == self.way[0]:
+            return self.way[1:]
+        behind = matcher.deep_copy()
+        if behind.try_consume_tokens([token_id]) != 1:
+            return self.way  # not allowed here: for the caller to find out
+        # mostly a text goes on, and what closes it is what closed it before
+        if len(self.way) <= num_left and _completes(behind, self.way):
+            return self.way
+        return way_to_end(behind, self.order, num_words, num_left)
+
+
+def _completes(matcher: LLMatcher, way: list[int]) -> bool:
+    matcher = matcher.deep_copy()
+    return bool(matcher.try_consume_tokens(way) == len(way) and matcher.is_accepting())
