@@ -16,7 +16,7 @@ from agentrt.parsers_families import FORMATS, HERMES, format_of
 from agentrt.request import prompt_array
 from agentrt.token_log import INLINE_CHARACTERS, check_text, guard
 from agentrt.tool_prompt import render_result, render_tool_section
-from agentrt.types import Message
+from agentrt.types import GenerateOptions, Message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,19 +136,15 @@ class Chat:
         special = self.tokenizer.special_tokens
         return TurnShape(thinking=self.thinking(rendered), special=special, **shape)
 
-    async def constraint(
-        self, grammar: str | None, max_tokens: int | None = None
-    ) -> Constraint | None:
-        """Compile a grammar in a worker thread; with `max_tokens` its text is complete by then.
-
-        Raises GrammarInvalid.
-        """
-        if grammar is None:
+    async def constraint(self, options: GenerateOptions, max_tokens: int) -> Constraint | None:
+        """Compile a request's grammar in a worker thread. Raises GrammarInvalid."""
+        if options.grammar is None:
             return None
+        end = max_tokens if options.end_in_time else None
         async with self._building:
             if self._compiler is None:
                 self._compiler = await anyio.to_thread.run_sync(self._build_compiler)
-        return await anyio.to_thread.run_sync(self._compiler.compile, grammar, max_tokens)
+        return await anyio.to_thread.run_sync(self._compiler.compile, options.grammar, end)
 
     def _build_compiler(self) -> GrammarCompiler:
         from agentrt.grammar import GrammarCompiler
