@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
-from agentrt.cache.keys import chunk_key
+from agentrt.cache.keys import chunk_keys
 from agentrt.types import TierName
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Admission:
     token_ids: TokenArray
     matched_tokens: dict[TierName, int]
     other: TokenArray
-    was_seen: bool  # whether the next tokens were computed here before
     is_rewritten: bool  # whether the caller said that it rewrites an earlier prompt
+    was_seen: bool = False  # whether the next tokens were computed here before
 
     @property
     def num_matched(self) -> int:
@@ -76,42 +76,38 @@ class Admission:
 class Admissions:
     """Owned by the step thread: the last admissions, and the keys of chunks that were computed.
 
-    Both are bounded, the oldest forgotten first.
+    Both are bounded, the oldest forgotten first. `_noted` are those, with how many of their tokens
+    were found, whose keys nobody has made yet: a request need not wait for that.
     """
 
     _by_id: OrderedDict[str, Admission] = field(factory=OrderedDict)
     _seen: OrderedDict[bytes, None] = field(factory=OrderedDict)
+    _noted: list[tuple[str, Admission, int]] = field(factory=list)
 
-    def note(self, request_id: str, admission: Admission) -> None:
-        """Keep an admission, and take its prompt for computed."""
-        self._by_id[request_id] = admission
+    def note(self, request_id: str, admission: Admission, num_matched: int) -> None:
+        """Keep an admission that found its first `num_matched` tokens, and take its prompt for
+        computed."""
+        self._noted.append((request_id, admission, num_matched))
+
+    def catch_up(self) -> None:
+        """Learn from those that were noted since the last call, in their order."""
+        noted, self._noted = self._noted, []
+        for request_id, admission, num_matched in noted:
+            keys = chunk_keys(admission.token_ids, CHUNK_TOKENS)
+            behind = num_matched // CHUNK_TOKENS  # the chunk that holds the first missing token
+            was_seen = behind < len(keys) and keys[behind] in self._seen
+            self._by_id[request_id] = evolve(admission, was_seen=was_seen)
+            for key in keys:
+                self._seen[key] = None
+                self._seen.move_to_end(key)
         while len(self._by_id) > MAX_ADMISSIONS:
             self._by_id.popitem(last=False)
-        for key in _keys(admission.token_ids):
-            self._seen[key] = None
-            self._seen.move_to_end(key)
         while len(self._seen) > MAX_SEEN_CHUNKS:
             self._seen.popitem(last=False)
 
     def get(self, request_id: str) -> Admission | None:
+        self.catch_up()
         return self._by_id.get(request_id)
-
-    def was_seen(self, token_ids: TokenArray, num_matched: int) -> bool:
-        """Whether the chunk behind the first `num_matched` tokens was computed before."""
-        end = (num_matched // CHUNK_TOKENS + 1) * CHUNK_TOKENS
-        if end > len(token_ids):
-            return False
-        *_, key = _keys(token_ids[:end])
-        return key in self._seen
-
-
-def _keys(token_ids: TokenArray) -> list[bytes]:
-    """The chain of keys of whole chunks."""
-    keys, parent = [], b""
-    for start in range(0, len(token_ids) - CHUNK_TOKENS + 1, CHUNK_TOKENS):
-        parent = chunk_key(parent, token_ids[start : start + CHUNK_TOKENS])
-        keys.append(parent)
-    return keys
 
 
 def explain(

@@ -16,7 +16,7 @@ from agentrt.cache import Copy
 from agentrt.deferred import Deferred, settle
 from agentrt.errors import AgentrtError, EngineClosed, EngineFailed, RequestInvalid
 from agentrt.metrics import Counters
-from agentrt.mover import Job, prefill_cost_tokens
+from agentrt.mover import Job
 from agentrt.observer import Observers
 from agentrt.poster import Sink
 from agentrt.precedence import Precedence
@@ -153,22 +153,30 @@ class Loop:
 
     def _wait_for_work(self) -> bool:
         """Run the commands that came. False when the engine closes."""
-        mover = self.scheduler.mover
         with self._lock:
             while self._is_idle and not self._inbox and not self._closed:
                 self.precedence.rest(is_awaited=self.scheduler.is_awaited)
-                if not self._lock.wait(self.scheduler.pauses.idle_s(self.clock())):
+                if not self._lock.wait(self.scheduler.idle_s(self.clock())):
                     break
-            closed = self._closed
+            closed, is_lull = self._closed, self._is_idle and not self._inbox
         self.precedence.work()
         while self._inbox:  # one at a time: should one fail, `_end` finds the others
             self._inbox.popleft()()
         self.scheduler.pauses.tick(self.clock())
-        if mover is not None:
-            mover.tiers.poll()
-            self._start_transfers()
+        if self.scheduler.mover is not None:
+            self.scheduler.mover.tiers.poll(most_writes=0)
+        if is_lull:
+            self._tend()
+        self._start_transfers()
         self._flush()
         return not closed
+
+    def _tend(self) -> None:
+        """Do a little of what nobody waits for: while the device works, or nothing comes."""
+        self.scheduler.admissions.catch_up()
+        if self.scheduler.mover is not None:
+            self.scheduler.mover.tend()
+            self._start_transfers()
 
     def _move_blocks(self) -> None:
         """Copy what the device evicts out of its blocks, before anything is written there."""
@@ -237,11 +245,12 @@ class Loop:
     def _end_transfers(self) -> None:
         """Save what finished turns left, so that the next start finds it."""
         if self.transfers is not None:
+            assert self.scheduler.mover is not None
+            self.scheduler.mover.jobs()  # plans them
             self._start_transfers()
             self.transfers.close()
             while self._inbox:
                 self._inbox.popleft()()
-            assert self.scheduler.mover is not None
             self.scheduler.mover.tiers.close()
 
     def _accept(self, request: Request) -> None:
@@ -267,6 +276,7 @@ class Loop:
         previous, self._in_flight = self._in_flight, None
         if plan.work:
             self._in_flight = self._launch(plan)
+            self._tend()
         if previous is not None:
             self._collect(previous)
         if self._in_flight is not None and not self._in_flight.ticket.runs_ahead:
@@ -281,11 +291,13 @@ class Loop:
     def _launch(self, plan: Plan) -> Launched:
         """Hand a plan to the device. What it computes counts as computed from now on: the device
         does one step after the other."""
-        self._count(plan)
-        begin = self.clock()
+        counters, begin = self.counters, self.clock()
+        counters.steps += 1
+        counters.last_batch_rows = plan.num_rows
+        counters.preempted = self.scheduler.num_preempted
         ticket: Ticket = self.runner.launch(plan)
         now = self.clock()
-        self.counters.forward_s += now - begin
+        counters.forward_s += now - begin
         for work in plan.work:
             self.scheduler.computed(work, now)
         self.observers.tell(lambda each: each.launched(plan, begin))
@@ -302,7 +314,10 @@ class Loop:
         self.precedence.work()
         now = self.clock()
         self.counters.forward_s += now - forward
-        self._note_rate(launched, now - max(launched.begin_s, self._collected_s))
+        mover, seconds = self.scheduler.mover, now - max(launched.begin_s, self._collected_s)
+        # Without a token to sample, `collect` need not have waited for the device.
+        if mover is not None and launched.ticket.sampling:
+            mover.note_step(launched.plan.chunks, launched.plan.num_rows, seconds)
         self._collected_s = now
         for work, results in zip(launched.ticket.sampling, sampled, strict=True):
             if work.request.state is not State.FINISHED:
@@ -311,21 +326,6 @@ class Loop:
             if work.request.is_read:
                 self._finish(work.request, "length", now)
         self.observers.tell(lambda each: each.collected(launched.plan, now))
-
-    def _note_rate(self, launched: Launched, seconds: float) -> None:
-        """Learn what prefill costs from a step that did little else."""
-        mover = self.scheduler.mover
-        chunks, num_rows = launched.plan.chunks, launched.plan.num_rows
-        num_tokens = sum(end - start for start, end in chunks)
-        # Without a token to sample, `collect` need not have waited for the device.
-        if mover is not None and launched.ticket.sampling and num_tokens > num_rows / 2:
-            mover.rates.note_compute(num_tokens, prefill_cost_tokens(chunks), seconds)
-
-    def _count(self, plan: Plan) -> None:
-        counters = self.counters
-        counters.steps += 1
-        counters.last_batch_rows = plan.num_rows
-        counters.preempted = self.scheduler.num_preempted
 
     def _take_run(self, work: Work, results: Sequence[Sampled], now: float) -> None:
         """A step's tokens of one request came, or an error that is this request's alone."""

@@ -5,6 +5,7 @@ It plans jobs; a transfer thread carries them out (`agentrt.transfer`) and tells
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from agentrt.cache.node import Evicted, TokenArray
     from agentrt.cache.tier import Record
 
+MOST_WRITES = 8  # chunks that the disk's writer is given at a time, which takes 0.3 ms
 # What a load brought, by tier, or None if it failed; and the time.
 OnEnd = Callable[["Mapping[TierName, int] | None", float], None]
 
@@ -56,6 +58,29 @@ class Part:
             position += num
 
 
+@frozen
+class Stored:
+    """What the tiers below have of a log of which the device has the first `have_tokens`."""
+
+    have_tokens: int
+    prefix: StoredPrefix
+    span: tuple[int, int] | None  # what is better loaded than computed
+    version: int  # of the tiers: at another one it must be looked up again
+
+    @property
+    def loadable_tokens(self) -> int:
+        return 0 if self.span is None else self.span[1] - self.span[0]
+
+
+@frozen
+class Unplanned:
+    """A log that is to be saved, whose chunks nobody has looked up yet."""
+
+    lease: Lease
+    token_ids: TokenArray
+    now: float
+
+
 @define(eq=False, kw_only=True)
 class Job:
     """One transfer: its parts, and the blocks of the path, which are held until it ends."""
@@ -86,7 +111,8 @@ class Demotion:
 
 @define(eq=False)
 class Mover:
-    """Owned by the step thread. Jobs in flight hold their blocks and pin their chunks."""
+    """Owned by the step thread. Jobs in flight hold their blocks and pin their chunks; what is not
+    planned yet holds its blocks."""
 
     cache: PrefixCache
     tiers: LowerTiers
@@ -96,6 +122,7 @@ class Mover:
     fetched_tokens: dict[TierName, int] = field(factory=lambda: {"host": 0, "disk": 0})
     failed_loads: int = 0
     demotes: bool = False  # whether a tier takes what the device evicts, and not each turn's end
+    _unplanned: deque[Unplanned] = field(factory=deque, init=False)
     _planned: list[Job] = field(factory=list, init=False)
     _demoted: list[Demotion] = field(factory=list, init=False)
     _copies: list[Copy] = field(factory=list, init=False)
@@ -108,29 +135,61 @@ class Mover:
         return jobs
 
     def jobs(self) -> set[Job]:
-        """All that are planned or under way."""
+        """All that are planned, now at the latest, or under way."""
+        while self.plan_save():
+            pass
         return {*self._in_flight, *self._planned}
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight) + len(self._planned)
+        return len(self._in_flight) + len(self._planned) + len(self._unplanned)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `tend` has more to do at once."""
+        return bool(self._unplanned) or self.tiers.is_behind
+
+    def tend(self) -> None:
+        """A little of what nobody waits for: less than a millisecond of it."""
+        self.tiers.poll(MOST_WRITES)
+        self.plan_save()
+
+    def note_step(self, chunks: Sequence[tuple[int, int]], num_rows: int, seconds: float) -> None:
+        """Learn what prefill costs from a step, if it did little else."""
+        num_tokens = sum(end - start for start, end in chunks)
+        if num_tokens > num_rows / 2:
+            cost = sum(cost_tokens(start, end) for start, end in chunks)
+            self.rates.note_compute(num_tokens, cost, seconds)
 
     # ---- saving
 
     def save(self, lease: Lease, token_ids: TokenArray, now: float) -> None:
-        """Plan to save what of this log no lower tier has; the lease may be released after."""
-        chunks = [] if self.demotes else self.tiers.begin_save(token_ids, now)
+        """Save what of this log no lower tier has, by and by; the lease may be released after, and
+        the tokens must not change."""
+        if not self.demotes and len(token_ids):
+            self._unplanned.append(Unplanned(self.cache.share(lease), token_ids, now))
+
+    def plan_save(self) -> bool:
+        """Plan the oldest save that is not; False if there is none. On a fast device it is not done
+        where a request ends: the next one may come at once, and 256 new chunks take a millisecond.
+        """
+        if not self._unplanned:
+            return False
+        save = self._unplanned.popleft()
+        chunks = self.tiers.begin_save(save.token_ids, save.now)
         if not chunks:
-            return
+            self.cache.release(save.lease)
+            return True
         self._planned.append(
             Job(
                 is_load=False,
                 parts=tuple(self._whole(chunk) for chunk in chunks),
                 chunks=tuple(chunks),
-                block_ids=tuple(lease.block_ids),
-                lease=self.cache.share(lease),
+                block_ids=tuple(save.lease.block_ids),
+                lease=save.lease,
             )
         )
+        return True
 
     def evicted(self, evicted: Evicted, now: float) -> None:
         """Plan to keep what the device must let go of."""
@@ -149,15 +208,13 @@ class Mover:
         copies, self._copies = self._copies, []
         return copies
 
-    def keep(self, token_ids: TokenArray) -> tuple[Chunk, ...]:
+    def keep(self, stored: Stored) -> tuple[Chunk, ...]:
         """Pin what the tiers have of a log, while room is made for it on the device: what goes
         there might take its place here."""
         if not self.demotes:
             return ()
-        have_tokens = self.cache.peek(token_ids, self.namespace)
-        chunks = self.tiers.match(token_ids, have_tokens).chunks
-        self.tiers.pin(chunks)
-        return chunks
+        self.tiers.pin(stored.prefix.chunks)
+        return stored.prefix.chunks
 
     def promoted(self, token_ids: TokenArray) -> None:
         """The device has these again, to be found by all."""
@@ -175,33 +232,36 @@ class Mover:
 
     # ---- loading
 
-    def loadable_tokens(self, token_ids: TokenArray, have_tokens: int) -> int:
-        """How many tokens are better loaded than computed, where the device has the first ones."""
-        span = self._span(have_tokens, self.tiers.match(token_ids, have_tokens))
-        return 0 if span is None else span[1] - span[0]
+    def find(self, token_ids: TokenArray, have_tokens: int) -> Stored:
+        """What the tiers have of a log, where the device has the first tokens."""
+        prefix = self.tiers.match(token_ids, have_tokens)
+        span = self._span(have_tokens, prefix)
+        return Stored(have_tokens, prefix, span, self.tiers.version)
 
     def planned_tokens(self, load: Load) -> dict[TierName, int]:
         """What a load that was just planned will bring."""
         (job,) = [job for job in self._planned if job.on_end == load.ended]
         return job.tokens_by_tier()
 
-    def load(self, token_ids: TokenArray, lease: Lease, now: float) -> Load | None:
-        """Plan to load what a fresh lease lacks of `token_ids`; None where computing is faster."""
-        prefix = self.tiers.match(token_ids, lease.num_cached_tokens)
-        span = self._span(lease.num_cached_tokens, prefix)
-        if span is None:
+    def load(self, token_ids: TokenArray, lease: Lease, now: float, stored: Stored) -> Load | None:
+        """Plan to load what a fresh lease lacks of `token_ids`; None where computing is faster.
+        `stored` was found before the lease was had, and counts if it still holds."""
+        have_tokens = lease.num_cached_tokens
+        if (stored.have_tokens, stored.version) != (have_tokens, self.tiers.version):
+            stored = self.find(token_ids, have_tokens)
+        if stored.span is None:
             return None
-        self.tiers.hit(prefix, now)
-        load = Load(*span)
-        self._load(prefix, span, lease, load.ended)
+        self.tiers.hit(stored.prefix, now)
+        load = Load(*stored.span)
+        self._load(stored.prefix, stored.span, lease, load.ended)
         return load
 
     def prefetch(self, token_ids: TokenArray, now: float) -> bool:
         """Plan to bring a log's KV to the device, where that is faster than computing it. False if
         there is no room now."""
         have_tokens = self.cache.peek(token_ids, self.namespace)
-        prefix = self.tiers.match(token_ids, have_tokens)
-        span = self._span(have_tokens, prefix)
+        stored = self.find(token_ids, have_tokens)
+        prefix, span = stored.prefix, stored.span
         if span is None or span[0] > have_tokens:
             return True
         self.tiers.pin(prefix.chunks)
@@ -307,8 +367,3 @@ class Mover:
 
 def _tier(chunk: Chunk) -> str:
     return "host" if chunk.host is not None and chunk.host.is_ready else "disk"
-
-
-def prefill_cost_tokens(spans: Sequence[tuple[int, int]]) -> float:
-    """What a step's prefill chunks cost, in tokens at depth 0."""
-    return sum(cost_tokens(start, end) for start, end in spans)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 if TYPE_CHECKING:
     from agentrt.cache import PrefixCache
-    from agentrt.mover import Mover
+    from agentrt.cache.node import Match
+    from agentrt.mover import Mover, Stored
     from agentrt.request import Request
 
 # The longest waiting are looked at; the others are younger, and the look-up must stay cheap.
@@ -22,6 +23,24 @@ OTHER_TOKENS = 64
 MOST_OVERTAKING = 32
 
 
+@frozen
+class Found:
+    """Where a waiting request's tokens are, but for the last one, which is always computed.
+
+    It is looked up once, and good for the admission too as long as nothing has changed.
+    """
+
+    versions: tuple[int, int]  # of the cache and of the tiers below it
+    match: Match
+    stored: Stored | None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many need not be computed."""
+        loadable = 0 if self.stored is None else self.stored.loadable_tokens
+        return self.match.num_tokens + loadable
+
+
 @define
 class Order:
     """The highest response ratio next: the time waited over the work until the first token. Time in
@@ -29,15 +48,15 @@ class Order:
     count those of benchmarks/pressure.py were done 2 % sooner (`--virtual`, 18 mixes).
 
     Work is what must be computed, so those go first whose KV is on the device or can be loaded:
-    agents in mid-conversation, while it is still there. State: what each of the window lacked at a
-    version of the cache, so that steps which only decode look nothing up; and by how many each that
-    waits was overtaken.
+    agents in mid-conversation, while it is still there. State: what was found of each of the window
+    at a version of the cache, so that steps which only decode look nothing up; and by how many each
+    that waits was overtaken.
     """
 
     cache: PrefixCache
     mover: Mover | None
     _version: int = field(default=-1, init=False)
-    _missing: dict[Request, int] = field(factory=dict, init=False)
+    _found: dict[Request, Found] = field(factory=dict, init=False)
     _overtaken: dict[Request, int] = field(factory=dict, init=False)
 
     def of(self, waiting: Sequence[Request], now: float) -> list[Request]:
@@ -45,14 +64,17 @@ class Order:
         # One that was preempted goes before those that did not begin. While the device samples its
         # token it waits.
         ready = [request for request in waiting[:WINDOW] if request.num_pending == 0]
-        known = self._missing if self._version == self.cache.version else {}
+        known = self._found if self._version == self.cache.version else {}
         self._version = self.cache.version
-        self._missing = {
-            request: known[request] if request in known else self._lacks(request)
+        self._found = {
+            request: known[request] if request in known else self._look(request)
             for request in ready
         }
         ages = {request: max(0.0, now - request.waiting_since_s) for request in ready}
-        works = {request: self._missing[request] + OTHER_TOKENS for request in ready}
+        works = {
+            request: request.num_tokens - self._found[request].num_tokens + OTHER_TOKENS
+            for request in ready
+        }
 
         def rank(request: Request) -> tuple[bool, float, int]:
             if request.admitted or self._overtaken.get(request, 0) >= MOST_OVERTAKING:
@@ -65,13 +87,25 @@ class Order:
     def left(self, request: Request, waiting: Sequence[Request], *, to_run: bool) -> None:
         """A request is about to leave `waiting`: the older ones were overtaken if it is to run."""
         self._overtaken.pop(request, None)
+        self._found.pop(request, None)
         for other in waiting if to_run else ():
             if other is request:
                 break
             self._overtaken[other] = self._overtaken.get(other, 0) + 1
 
-    def _lacks(self, request: Request) -> int:
-        """How many known tokens must be computed."""
-        have = self.cache.peek(request.known, request.namespace)
-        loadable = 0 if self.mover is None else self.mover.loadable_tokens(request.known, have)
-        return request.num_tokens - have - loadable
+    def found(self, request: Request) -> Found:
+        """What is here of a waiting request now."""
+        found = self._found.get(request)
+        if found is None or found.versions != self._versions:
+            found = self._found[request] = self._look(request)
+        return found
+
+    @property
+    def _versions(self) -> tuple[int, int]:
+        return self.cache.version, 0 if self.mover is None else self.mover.tiers.version
+
+    def _look(self, request: Request) -> Found:
+        token_ids = request.known[:-1]
+        match = self.cache.find(token_ids, request.namespace)
+        stored = None if self.mover is None else self.mover.find(token_ids, match.num_tokens)
+        return Found(self._versions, match, stored)

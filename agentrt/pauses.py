@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from attrs import define, field, frozen
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128, xxh3_128_digest
 
 from agentrt.cache.evict import SessionState
 from agentrt.cache.latency import ToolLatencies
@@ -98,11 +98,14 @@ class Pauses:
     def waiting_since(self, token_ids: TokenArray) -> float | None:
         """When the session that goes on with this prompt began to wait for its tools, if it did.
         It is asked once a prompt."""
-        for num_tokens in sorted({num for num, _ in self._returning}, reverse=True):
-            if num_tokens <= len(token_ids):
-                since_s = self._returning.pop(_log_key(token_ids[:num_tokens]), None)
-                if since_s is not None:
-                    return since_s
+        keys, digest, begin = [], xxh3_128(), 0
+        for end in sorted({num for num, _ in self._returning if num <= len(token_ids)}):
+            digest.update(np.ascontiguousarray(token_ids[begin:end]).tobytes())
+            keys.append((end, digest.digest()))
+            begin = end
+        for key in reversed(keys):
+            if (since_s := self._returning.pop(key, None)) is not None:
+                return since_s
         return None
 
     def tick(self, now: float) -> None:

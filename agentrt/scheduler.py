@@ -10,7 +10,7 @@ from agentrt.cache.evict import SessionState
 from agentrt.cache.node import num_common
 from agentrt.errors import CacheCorrupt
 from agentrt.explain import SHOWN_TOKENS, Admission, Admissions
-from agentrt.order import Order
+from agentrt.order import Found, Order
 from agentrt.origins import Tally
 from agentrt.pauses import Pauses
 from agentrt.request import Request, State
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # first of them. Between 0.03 and 0.3 s their agents take the same time; what counts is that they
 # are expected in this order, and before the sessions whose tools still run.
 EXPECTED_APART_S = 0.1
+# An agent's next request often follows at once: so long nothing is begun that can wait.
+LULL_S = 0.002
 # Waiting for another request's prefix pays from this many tokens on.
 WORTH_WAITING_TOKENS = 16
 
@@ -105,6 +107,11 @@ class Scheduler:
     def is_awaited(self) -> bool:
         """Whether a caller waits for the first token of a request that runs."""
         return any(each.first_token_s is None and not each.is_prefill for each in self.running)
+
+    def idle_s(self, now: float) -> float | None:
+        """How long nothing needs to be done, if nothing comes; None: for ever."""
+        is_behind = self.mover is not None and self.mover.is_behind
+        return LULL_S if is_behind else self.pauses.idle_s(now)
 
     def submit(self, request: Request) -> None:
         request.origins.total = self.origins
@@ -209,7 +216,8 @@ class Scheduler:
     def _expect(self, candidates: list[Request], now: float) -> None:
         """Before something must go for the first of these: tell eviction when each is due."""
         first = candidates[0]
-        if self.cache.would_evict(first.known, first.num_tokens + 1, first.namespace):
+        num_cached = self.order.found(first).match.num_tokens
+        if self.cache.would_evict(num_cached, first.num_tokens + 1):
             for rank, request in enumerate(candidates):
                 due_s = rank * EXPECTED_APART_S
                 self.pauses.mark(request.known, SessionState.RUNNING, now, due_s)
@@ -225,26 +233,28 @@ class Scheduler:
             if usable <= other.num_computed:
                 continue
             if resident is None:
-                resident = self.cache.peek(request.known, request.namespace)
+                resident = self.order.found(request).match.num_tokens
             if usable - resident >= WORTH_WAITING_TOKENS:
                 return True
         return False
 
     def _admit(self, request: Request, now: float) -> list[Copy] | None:
         """Lease blocks for all known tokens and one more. None if they are not to be had now."""
-        kept = () if self.mover is None else self.mover.keep(request.known)
+        found = self.order.found(request)
+        kept = () if self.mover is None or found.stored is None else self.mover.keep(found.stored)
         try:
-            return self._admit_kept(request, now)
+            return self._admit_kept(request, found, now)
         finally:
             if self.mover is not None:
                 self.mover.tiers.unpin(kept)
 
-    def _admit_kept(self, request: Request, now: float) -> list[Copy] | None:
+    def _admit_kept(self, request: Request, found: Found, now: float) -> list[Copy] | None:
         got = self.cache.acquire(
             request.known,
             num_tokens=request.num_tokens + 1,
             now=now,
             namespace=request.namespace,
+            match=found.match,
         )
         if got is None:
             if not self.running and not (self.mover and self.mover.num_in_flight):
@@ -253,33 +263,32 @@ class Scheduler:
         request.lease, copies = got
         request.num_computed = request.lease.num_cached_tokens
         request.origins.found(request.num_computed)
-        if self.mover is not None:
-            request.load = self.mover.load(request.known[:-1], request.lease, now)
+        if self.mover is not None and found.stored is not None:
+            request.load = self.mover.load(request.known[:-1], request.lease, now, found.stored)
         if not request.admitted:
             request.admitted = True
-            self._note_admission(request)
+            self._note_admission(request, found)
         request.state = State.PREFILL
         self.order.left(request, self.waiting, to_run=True)
         self.waiting.remove(request)
         self.running.append(request)
         return list(copies)
 
-    def _note_admission(self, request: Request) -> None:
+    def _note_admission(self, request: Request, found: Found) -> None:
         """Keep what `Engine.explain` tells of it."""
         matched: dict[TierName, int] = {"device": request.num_computed}
         end = request.num_computed
         if self.mover is not None and request.load is not None:
             matched |= self.mover.planned_tokens(request.load)
             end = request.load.end
-        prompt = request.tokens[: request.num_prompt_tokens].copy()
+        other = self.cache.continuation(found.match, request.namespace)
         admission = Admission(
-            token_ids=prompt,
+            token_ids=request.tokens[: request.num_prompt_tokens].copy(),
             matched_tokens=matched,
-            other=self.cache.continuation(prompt, request.namespace)[:SHOWN_TOKENS].copy(),
-            was_seen=self.admissions.was_seen(prompt, end),
+            other=other[:SHOWN_TOKENS].copy(),
             is_rewritten=request.is_rewritten,
         )
-        self.admissions.note(request.id, admission)
+        self.admissions.note(request.id, admission, end)
 
     def _make_room(self, now: float) -> None:
         """Extend every decoding request by a token; preempt the youngest while blocks lack.

@@ -185,6 +185,7 @@ class VirtualEngine:
             loop._inbox.popleft()()
         loop.scheduler.pauses.tick(self.now)
         if loop.scheduler.mover is not None:
+            loop.scheduler.mover.jobs()  # plans what is to be saved
             loop.scheduler.mover.tiers.poll()
             loop._start_transfers()
         self._deliver()

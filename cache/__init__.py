@@ -70,15 +70,18 @@ class PrefixCache:
         """Length in tokens of the longest resident prefix; changes nothing."""
         return self._tree.match(token_ids, namespace).num_tokens
 
-    def continuation(self, token_ids: TokenArray, namespace: str = "") -> TokenArray:
-        """How the tree goes on where `token_ids` leaves it: the latest used way, or nothing."""
-        return self._tree.continuation(self._tree.match(token_ids, namespace), namespace)
+    def find(self, token_ids: TokenArray, namespace: str = "") -> Match:
+        """The longest resident prefix, to hand to `acquire` as long as `version` is the same."""
+        return self._tree.match(token_ids, namespace)
 
-    def would_evict(self, token_ids: TokenArray, num_tokens: int, namespace: str = "") -> bool:
-        """Whether to lease room for `num_tokens` would make something go, and can be done."""
-        missing = (
-            self._num_blocks(num_tokens) - self.peek(token_ids, namespace) // self.block_tokens
-        )
+    def continuation(self, match: Match, namespace: str = "") -> TokenArray:
+        """How the tree goes on where a match leaves it: the latest used way, or nothing."""
+        return self._tree.continuation(match, namespace)
+
+    def would_evict(self, num_cached: int, num_tokens: int) -> bool:
+        """Whether to lease room for `num_tokens`, of which `num_cached` are here, would make
+        something go, and can be done."""
+        missing = self._num_blocks(num_tokens) - num_cached // self.block_tokens
         return self._pool.num_free < missing <= self._pool.num_blocks - self._pool.num_leased
 
     def acquire(
@@ -89,17 +92,20 @@ class PrefixCache:
         now: float,
         namespace: str = "",
         max_cached_tokens: int | None = None,
+        match: Match | None = None,
     ) -> tuple[Lease, list[Copy]] | None:
         """Lease the longest resident prefix and room for `num_tokens` tokens in all.
 
         At most `max_cached_tokens` are taken from the tree, and never the last token: computing
-        one gives the next one's logits. Evicts what is worth least; None if the room cannot be had
-        now.
+        one gives the next one's logits. `match` is what `find` gave for all but that one, at this
+        version. Evicts what is worth least; None if the room cannot be had now.
         """
         longest = max(0, len(token_ids) - 1)
         if max_cached_tokens is not None:
             longest = max(0, min(longest, max_cached_tokens))
-        match = self._tree.match(token_ids[:longest], namespace)
+            match = None
+        if match is None:
+            match = self._tree.match(token_ids[:longest], namespace)
         taken = self._take(token_ids, match, match.num_tokens, num_tokens, namespace, now)
         num_cached = match.num_tokens
         if taken is None and (inside := num_cached % self._pool.block_tokens):
@@ -221,7 +227,9 @@ class PrefixCache:
         `expected_s` is how long its pending tool will take. Call with RUNNING when a turn begins
         and with another state when it ends.
         """
+        num_nodes = self._tree.num_nodes
         self._tree.mark(token_ids, state, expected_s, now, namespace)
+        self.version += self._tree.num_nodes != num_nodes  # an edge was cut: paths have changed
 
     def clear(self) -> None:
         """Drop all that no lease uses."""

@@ -27,6 +27,7 @@ class Holdings:
         disk_rates: TierRates | None,
     ) -> None:
         self.host_evicted_tokens = 0
+        self.version = 0  # another one whenever what can be read may be
         self.host_rates = TierRates() if host_rates is None else host_rates
         self._index = index
         self._host = host
@@ -38,9 +39,13 @@ class Holdings:
     def __repr__(self) -> str:
         return f"<Holdings of {len(self._index)} chunks, {self._host!r}>"
 
-    def hold(self, chunk: Chunk, tier: TierName, slot: int = -1) -> Holding:
-        """A tier has a copy of the chunk, or will have once it `is_ready`."""
-        num_children = sum(getattr(child, tier) is not None for child in chunk.children)
+    def hold(
+        self, chunk: Chunk, tier: TierName, slot: int = -1, *, in_queue: bool = True
+    ) -> Holding:
+        """A tier has a copy of the chunk, or will have once it is `ready`. Without `in_queue` the
+        caller must `offer` it before it lets go of the chunk's pin."""
+        children = chunk.children.values()
+        num_children = sum(getattr(child, tier) is not None for child in children)
         holding = Holding(chunk, slot, num_children=num_children)
         setattr(chunk, tier, holding)
         if tier == "host":
@@ -51,14 +56,21 @@ class Holdings:
         above: Holding | None = getattr(chunk.parent, tier)
         if above is not None:
             above.num_children += 1
-        self._queues[tier].offer(holding)
+        if in_queue:
+            self._queues[tier].offer(holding)
         return holding
+
+    def ready(self, holding: Holding) -> None:
+        """The bytes are there."""
+        holding.is_ready = True
+        self.version += 1
 
     def let_go(self, chunk: Chunk, tier: TierName) -> None:
         """Take a tier's copy out of the books, if there is one."""
         holding: Holding | None = getattr(chunk, tier)
         if holding is None:
             return
+        self.version += 1
         holding.attached = False
         setattr(chunk, tier, None)
         if tier == "host":
@@ -76,10 +88,10 @@ class Holdings:
 
     def let_go_below(self, chunk: Chunk) -> None:
         """Let the host tier go of what cannot be read any more without `chunk`."""
-        waiting = list(chunk.children)
+        waiting = list(chunk.children.values())
         while waiting:
             child = waiting.pop()
-            waiting += child.children
+            waiting += child.children.values()
             if not child.num_pins:
                 self.let_go(child, "host")
 

@@ -16,6 +16,7 @@ from agentrt.cache.node import TokenArray
 
 FORMAT_VERSION = 2  # of keys, record headers and the index: other versions are never read
 KEY_BYTES = 16
+TOKEN_BYTES = 4
 
 Digest = Callable[[bytes], bytes]  # bytes -> KEY_BYTES bytes; tests force collisions with it
 
@@ -76,6 +77,23 @@ def root_key(fingerprint: Fingerprint, digest: Digest = xxh3_128_digest) -> byte
     return digest(struct.pack("<I", FORMAT_VERSION) + fingerprint.encode())
 
 
+def raw_tokens(token_ids: TokenArray) -> bytes:
+    """Tokens as keys and records have them: TOKEN_BYTES each."""
+    return np.ascontiguousarray(token_ids, dtype="<i4").tobytes()
+
+
+def chunk_keys(
+    token_ids: TokenArray, chunk_tokens: int, digest: Digest = xxh3_128_digest
+) -> list[bytes]:
+    """The chain of keys of the whole chunks of a log, the first one's parent being empty."""
+    raw, num_bytes = raw_tokens(token_ids), TOKEN_BYTES * chunk_tokens
+    keys, parent = [], b""
+    for begin in range(0, len(raw) - num_bytes + 1, num_bytes):
+        parent = digest(parent + raw[begin : begin + num_bytes])
+        keys.append(parent)
+    return keys
+
+
 def chunk_key(parent: bytes, token_ids: TokenArray, digest: Digest = xxh3_128_digest) -> bytes:
     """The key of the chunk `token_ids` behind the chunk whose key is `parent`."""
-    return digest(parent + np.ascontiguousarray(token_ids, dtype="<i4").tobytes())
+    return digest(parent + raw_tokens(token_ids))

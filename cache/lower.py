@@ -1,6 +1,7 @@
 """The tiers below the device: what is saved into host RAM and on disk, found again, and let go."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, final
 
 from agentrt.cache.chunk import Chunk, ChunkIndex, Holding, StoredPrefix
@@ -38,6 +39,7 @@ class LowerTiers:
         disk_rates: TierRates | None = None,
     ) -> None:
         self.token_bytes = token_bytes
+        self.is_behind = False  # whether `poll` has more to do at once
         self._index = index
         self._host = host
         self._disk = disk
@@ -60,6 +62,11 @@ class LowerTiers:
     @property
     def chunk_tokens(self) -> int:
         return self._index.chunk_tokens
+
+    @property
+    def version(self) -> int:
+        """Another one whenever what can be read may be."""
+        return self._holdings.version
 
     # ---- reading
 
@@ -116,42 +123,45 @@ class LowerTiers:
         path: list[Chunk] = []
         fresh: list[Chunk] = []
         node = self._index.root
-        for start in range(0, len(token_ids), self.chunk_tokens):
-            tokens = token_ids[start : start + self.chunk_tokens]
-            chunk = self._index.find(node, tokens)
-            if chunk is None and self._index.covers(node, tokens):
+        for start, piece in self._index.pieces(token_ids):
+            chunk = node.children.get(piece)
+            if chunk is None and self._index.covers(node, piece):
                 break
-            chunk = chunk or self._index.add(node, tokens, now)
+            chunk = chunk or self._index.add(node, piece, now)
             if chunk is None:
                 break
             chunk.last_used_s = max(chunk.last_used_s, now)
             chunk.num_pins += 1
-            path.append(chunk)
             if chunk.host is None and chunk.disk is None:
                 slot = self._holdings.reserve_slot(now)
                 if slot is None:
+                    path.append(chunk)
                     self._unsaved_tokens += len(token_ids) - start
                     break
-                self._holdings.hold(chunk, "host", slot)
+                self._holdings.hold(chunk, "host", slot, in_queue=False)
                 fresh.append(chunk)
+            else:
+                path.append(chunk)
             node = chunk
-        self.unpin(chunk for chunk in path if chunk not in fresh)
+        for chunk in fresh:  # all but the last have one behind them: that one alone may go
+            self._holdings.offer(chunk)
+        self.unpin(path)
         return fresh
 
     def end_save(self, chunks: Sequence[Chunk], *, copied: bool) -> None:
         """Take what was copied in, or give the slots back."""
         for chunk in chunks:
             assert chunk.host is not None
-            chunk.host.is_ready = copied
             chunk.num_pins -= 1
             if not copied:
                 self._holdings.let_go(chunk, "host")
                 continue
+            self._holdings.ready(chunk.host)
             self._saved_tokens += len(chunk.token_ids)
             self._drop_tails(chunk)
             if self._disk is not None:
                 self._to_write[chunk.key] = chunk
-        self.poll()
+        self.is_behind = bool(self._to_write)
 
     def take_evicted(self, evicted: Evicted, now: float) -> list[Chunk]:
         """Hold what the device lets go of, unless all that is here is worth more.
@@ -164,9 +174,8 @@ class LowerTiers:
         path: list[Chunk] = []
         fresh: list[Chunk] = []
         node = self._index.root
-        for start in range(0, len(evicted.token_ids), self.chunk_tokens):
-            tokens = evicted.token_ids[start : start + self.chunk_tokens]
-            chunk = self._index.find(node, tokens) or self._index.add(node, tokens, now)
+        for start, piece in self._index.pieces(evicted.token_ids):
+            chunk = node.children.get(piece) or self._index.add(node, piece, now)
             if chunk is None:
                 break
             chunk.num_pins += 1
@@ -177,7 +186,7 @@ class LowerTiers:
                     self._unsaved_tokens += evicted.leaf.end - max(start, evicted.start)
                     self._holdings.let_go_below(chunk)
                     break
-                self._holdings.hold(chunk, "host", slot).is_ready = True
+                self._holdings.ready(self._holdings.hold(chunk, "host", slot))
                 fresh.append(chunk)
             node = chunk
         if path and path[-1].end == len(evicted.token_ids):
@@ -192,17 +201,13 @@ class LowerTiers:
 
     def promoted(self, token_ids: TokenArray) -> None:
         """Let go of what the device has again: it comes back when the device lets go of it."""
-        node = self._index.root
-        for start in range(0, len(token_ids), self.chunk_tokens):
-            chunk = self._index.find(node, token_ids[start : start + self.chunk_tokens])
-            if chunk is None:
-                break
+        for chunk in self._index.known(token_ids):
             if not chunk.num_pins:
                 self._holdings.let_go(chunk, "host")
-            node = chunk
 
-    def poll(self) -> None:
-        """Hear what the disk tier did, and offer it what it refused before."""
+    def poll(self, most_writes: int | None = None) -> None:
+        """Hear what the disk tier did, and offer it what it has not got: `most_writes` chunks at
+        most, after which the tiers are `is_behind` if more could be offered."""
         if self._disk is None:
             return
         if self._clock() >= self._next_take_over_s:
@@ -212,16 +217,15 @@ class LowerTiers:
             self._written(key)
         for key in events.dropped:
             self._dropped(key)
-        for chunk in list(self._to_write.values()):
-            if not self._write(chunk):
-                break
+        offered = list(islice(self._to_write.values(), most_writes))
+        self.is_behind = all(self._write(chunk) for chunk in offered) and bool(self._to_write)
 
     def victims(self, num_bytes: int) -> list[bytes]:
         """What the disk tier should evict to free `num_bytes`: called from within its `put`."""
         keys: list[bytes] = []
         needed: list[Holding] = []
         for holding in self._holdings.disk_victims(self._now):
-            if any(child.key in self._writing for child in holding.chunk.children):
+            if any(child.key in self._writing for child in holding.chunk.children.values()):
                 needed.append(holding)  # what is being put goes on from here
                 continue
             num_bytes -= self._num_bytes(holding.chunk)
@@ -326,18 +330,11 @@ class LowerTiers:
 
     def _take_in(self, records: Iterable[Record]) -> None:
         for record in records:
-            parent = self._index.get(record.parent)
-            if parent is None and record.parent == self._index.root.key:
-                parent = self._index.root
-            if parent is None or parent.end != record.start:
-                continue
-            now = record.last_used_s - self._wall_ahead_s
-            chunk = self._index.find(parent, record.token_ids)
-            chunk = chunk or self._index.add(parent, record.token_ids, now)
+            chunk = self._index.file(record, record.last_used_s - self._wall_ahead_s)
             if chunk is None:
                 continue
             if chunk.key == record.key and chunk.disk is None:
-                self._holdings.hold(chunk, "disk").is_ready = True
+                self._holdings.ready(self._holdings.hold(chunk, "disk"))
             self._index.prune(chunk)
 
     def _drop_tails(self, chunk: Chunk) -> None:
@@ -385,7 +382,7 @@ class LowerTiers:
         chunk = self._writing.pop(key, None)
         if chunk is not None:
             if chunk.disk is not None:
-                chunk.disk.is_ready = True
+                self._holdings.ready(chunk.disk)
             self.unpin([chunk])
 
     def _dropped(self, key: bytes) -> None:

@@ -6,6 +6,7 @@ from agentrt.cache.chunk import ChunkIndex
 from agentrt.cache.evict import SessionState
 from agentrt.cache.holdings import Holdings
 from agentrt.cache.host import HostTier
+from agentrt.cache.keys import raw_tokens
 
 ROOT = b"r" * 16
 
@@ -15,8 +16,8 @@ def test_what_a_chunk_inherits_in_one_tier_counts_in_the_other_too():
     will not come back for long."""
     index, host = ChunkIndex(ROOT, 4), HostTier(4 * 16, 16)
     holdings = Holdings(index, host, None, None)
-    above = index.add(index.root, np.arange(4, dtype=np.int32), now=0.0)
-    below = index.add(above, np.arange(4, 8, dtype=np.int32), now=0.0)
+    above = index.add(index.root, raw_tokens(np.arange(4)), now=0.0)
+    below = index.add(above, raw_tokens(np.arange(4, 8)), now=0.0)
     for chunk, tier in ((above, "host"), (above, "disk"), (below, "host")):
         slot = host.take() if tier == "host" else -1
         holdings.hold(chunk, tier, slot).is_ready = True
