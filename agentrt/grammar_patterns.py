@@ -41,11 +41,13 @@ _EITHER = {
     "S": f"[^{_SPACE}]",
 }
 _DOT = r"[^\n\r\x{2028}\x{2029}]"  # `re` takes three of them
-_ANYTHING = r"[\x{0}-\x{10FFFF}]"
 _NOTHING = r"[^\x{0}-\x{10FFFF}]"
 # llguidance takes a set that has all control characters for one that has the quote and the
 # backslash too; a set without U+0000 is taken for what it is.
 NO_NUL = r"[^\x{0}]"
+# What ECMA-262 reads without its flag u alone, it reads in halves of characters beyond U+FFFF.
+_NO_PAIRS = r"[^\x{0}\x{10000}-\x{10FFFF}]"
+_SYNTAX = frozenset("^$\\.*+?()[]{}|/")
 _CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v"}
 
 _QUANTIFIER = re.compile(r"[*+?]|\{([0-9]+)(?:,([0-9]*))?\}")
@@ -56,24 +58,29 @@ _HEX = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})")
 # printable ASCII they do.
 _PLAIN = r"[\x{20}-\x{7E}]"
 
+# [\s\S], by what a set may have at most: one that has all control characters has all else
+_ANYTHING = {NO_NUL: r"[\x{0}-\x{10FFFF}]", _NO_PAIRS: r"[\x{0}-\x{FFFF}]", _PLAIN: _PLAIN}
+
 
 def exact_pattern(source: str) -> str:
     """The pattern for Rust's regex, that takes only what ECMA-262 and Python's `re` both take.
 
     Raises GrammarInvalid where one of them cannot read it, or reads something else in it.
     """
-    return _Reader(source).text
+    reader = _Reader(source)
+    return reader.text if reader.is_unicode else _Reader(source, of_set=_NO_PAIRS).text
 
 
 def is_same_everywhere(source: str) -> bool:
     """Whether every engine takes just the same texts, but for a newline at the end, which `re` lets
     stand behind `$`."""
-    return _Reader(source).is_same_everywhere
+    reader = _Reader(source)
+    return reader.is_same_everywhere and reader.is_unicode
 
 
 def plain_pattern(source: str) -> str:
     """Those texts of printable ASCII that the pattern takes; no engine sees another in it."""
-    reader = _Reader(source, is_plain=True)
+    reader = _Reader(source, of_set=_PLAIN)
     if "^" in reader.inner_anchors or "$" in reader.inner_anchors:
         raise reader.refused("as a pattern of keys, it may have ^ and $ at its ends alone")
     return reader.text
@@ -84,9 +91,10 @@ class _Reader:
     """Reads a pattern, from left to right."""
 
     source: str
-    is_plain: bool = False
+    of_set: str = NO_NUL  # what a set may have at most
     text: str = field(default="", init=False)
     is_same_everywhere: bool = field(default=True, init=False)
+    is_unicode: bool = field(default=True, init=False)  # ECMA-262 reads it with its flag u
     inner_anchors: set[str] = field(factory=set, init=False)
     _place: int = field(default=0, init=False)
 
@@ -94,7 +102,7 @@ class _Reader:
         branches = self._branches()
         if self._place < len(self.source):
             raise self.refused("a ) closes nothing")
-        if self.is_plain:
+        if self.of_set == _PLAIN:
             self.text = f"^(?:{'|'.join(map(self._whole, branches))})$"
         else:
             self.text = "|".join(map("".join, branches))
@@ -161,6 +169,7 @@ class _Reader:
             return (
                 self._set_of(f"[{_BOTH[escaped[1]]}]") if len(escaped) == 2 else self._char(escaped)
             )
+        self.is_unicode &= char not in _SYNTAX
         return self._char(char)
 
     def _group(self) -> str:
@@ -200,6 +209,7 @@ class _Reader:
             return chr(code)
         if not char or (char.isascii() and char.isalnum()):
             raise self.refused(f"\\{char} is not read, or not by every engine")
+        self.is_unicode &= char in _SYNTAX or (in_set and char == "-")
         return char
 
     def _set(self) -> str:
@@ -212,7 +222,7 @@ class _Reader:
         classes = {member[1] for member in members if len(member) == 2}
         if any(letter.swapcase() in classes for letter in classes):  # [\\s\\S] is any character
             self.is_same_everywhere = was_same
-            return _NOTHING if is_negated else _PLAIN if self.is_plain else _ANYTHING
+            return _NOTHING if is_negated else _ANYTHING[self.of_set]
         known = _EITHER if is_negated else _BOTH
         written = "".join(
             known[member[1]] if len(member) == 2 else "-".join(map(_code, member[::2]))
@@ -221,12 +231,14 @@ class _Reader:
         return self._set_of(f"[{'^' if is_negated else ''}{written}]")
 
     def _char(self, char: str) -> str:
-        if char == "\0" or (self.is_plain and not " " <= char <= "~"):
+        if char == "\0" or (self.of_set == _PLAIN and not " " <= char <= "~"):
             return self._set_of(f"[{_code(char)}]")
+        if self.of_set == _NO_PAIRS and char > "\uffff":
+            raise self.refused(f"ECMA-262 reads it without the flag u alone, and {char} as two")
         return char if char.isascii() and char.isalnum() else _code(char)
 
     def _set_of(self, written: str) -> str:
-        return f"[{written}&&{_PLAIN if self.is_plain else NO_NUL}]"
+        return f"[{written}&&{self.of_set}]"
 
     def _members(self) -> list[str]:
         """Each member of a set: `\\d`, `x`, or `x-y` where x and y are characters."""

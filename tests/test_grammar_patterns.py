@@ -151,3 +151,15 @@ def test_a_pattern_of_keys_keeps_to_plain_texts(compiler, tokenizer) -> None:
             assert takes_exactly(compiler, tokenizer, schema, text) == is_taken, (source, text)
     with pytest.raises(GrammarInvalid, match="at its ends alone"):
         plain_pattern(r"(^\w)")
+
+
+def test_what_ecma_262_reads_in_halves_of_characters_takes_no_pair(compiler, tokenizer) -> None:
+    """A pattern that its flag u refuses: there, a character beyond U+FFFF is two."""
+    for source in ("^.\\-$", "^[^a]\\-$", "^[\\s\\S]-{$", "^[^a]-}$"):
+        schema = {"type": "string", "pattern": source}
+        end = source[-2:].strip("-$").replace("\\", "")
+        for text, is_taken in [(f"é-{end}", True), (f"🐲-{end}", False)]:
+            assert takes(compiler, tokenizer, schema, text) == is_taken, (source, text)
+    assert takes(compiler, tokenizer, {"type": "string", "pattern": "^[^a]$"}, "🐲")
+    with pytest.raises(GrammarInvalid, match="flag u"):
+        exact_pattern("🐲}")
