@@ -1,6 +1,6 @@
 """What a mode of a GPU engine costs or saves: decode, first token, and how far its logits are.
 
-    python benchmarks/gpu_modes.py SHAPE --shared DIR [--modes default deterministic fp8] [--out FILE]
+    python benchmarks/gpu_modes.py SHAPE --shared DIR [--modes MODE ...] [--out FILE]
 
 The measurement of `gpu_decode.py`, for one mode after the other in one run: milliseconds a token at
 batch 1 and 8 after 1,024 tokens, and to the first token of 2,048 and 16,384 new ones. The distance
