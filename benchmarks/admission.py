@@ -15,9 +15,9 @@ quantile, on a busy machine) in ms, of
     token    from there to the caller's first event
     first    all of it
 
-`--profile` shows what the step thread does meanwhile. `--launches` has a launch call a foreign
-function so many times, as a prefill on a GPU does kernel by kernel, with the interpreter's lock let
-go in each call.
+`--profile` shows what the step thread does meanwhile. `--launches N` then times N foreign calls
+that let go of the interpreter's lock, as a prefill on a GPU launches kernel by kernel: alone,
+beside a save of 4,000 chunks that waits for nothing, and beside one that waits at the gate.
 """
 
 import argparse
@@ -43,10 +43,12 @@ from agentrt.chat import Chat
 from agentrt.cuda_inputs import BlockTables
 from agentrt.engine_parts import EngineParts, build_loop
 from agentrt.models.base import ModelSpec, RopeSpec
+from agentrt.mover import Job, Part
 from agentrt.poster import poster
+from agentrt.precedence import Precedence
 from agentrt.scheduler import Plan, Work
 from agentrt.step_rows import mixed_work
-from agentrt.transfer import HostCopier
+from agentrt.transfer import HostCopier, TransferThread
 
 BLOCK_TOKENS = 64
 TOKEN_BYTES = 64  # of KV: copies cost little beside what is said about them
@@ -70,7 +72,6 @@ class NullRunner:
     """A device that computes nothing. `marks` are the times of the newest request's stages."""
 
     num_blocks: int
-    num_calls: int = 0  # of a foreign function, a launch
     marks: dict[str, float] = field(factory=dict)
     tables: BlockTables = field(init=False)
     draft_limits: None = None
@@ -85,8 +86,6 @@ class NullRunner:
         np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32)
         mixed_work(works, slots, DIM)
         self.marks.setdefault("inputs", time.perf_counter())
-        for _ in range(self.num_calls):
-            _foreign()
         return Answered(tuple(work for work in plan.work if work.samples))
 
     def collect(self, ticket: Answered) -> list[list[tuple[int, None]]]:
@@ -103,20 +102,12 @@ class NullRunner:
         """Nothing to free."""
 
 
-_process = ctypes.CDLL(None)
-
-
-def _foreign() -> None:
-    """A call that lets the interpreter's lock go, as a kernel's launch does."""
-    _process.getppid()
-
-
 class NullEngine(Engine):
     """An engine above a NullRunner; `wrap` sees the loop before it runs."""
 
-    def __init__(self, config: EngineConfig, num_calls: int, wrap: Callable[[Any], None]) -> None:
+    def __init__(self, config: EngineConfig, wrap: Callable[[Any], None]) -> None:
         super().__init__("nothing", config)
-        self.num_calls, self.wrap = num_calls, wrap
+        self.wrap = wrap
 
     def _open_parts(self, event_loop: Any, abandoned: Any) -> EngineParts:
         spec = _spec()
@@ -134,7 +125,7 @@ class NullEngine(Engine):
             arithmetic="",
             token_bytes=TOKEN_BYTES,
         )
-        self.runner = NullRunner(resolved.num_blocks, self.num_calls)
+        self.runner = NullRunner(resolved.num_blocks)
         loop, tiers = build_loop(
             self.config, resolved, fingerprint, self.runner, poster(event_loop), device="cuda"
         )
@@ -232,7 +223,7 @@ async def measure(arguments: argparse.Namespace, tiers: str, num_tokens: int) ->
     with tempfile.TemporaryDirectory() as folder:
         engines: list[NullEngine] = []
         config = config_of(tiers, Path(folder))
-        engines.append(NullEngine(config, arguments.launches, _noting(engines, profile)))
+        engines.append(NullEngine(config, _noting(engines, profile)))
         async with engines[0] as engine:
             for _ in range(arguments.rounds):
                 prompt = [rng.randrange(VOCAB) for _ in range(num_tokens)]
@@ -250,6 +241,72 @@ async def measure(arguments: argparse.Namespace, tiers: str, num_tokens: int) ->
 
 def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * len(values))]
+
+
+@define
+class Foreign:
+    """Calls that let go of the interpreter's lock for some microseconds, as launches and copies do.
+    Also a transfer thread's copier."""
+
+    num_bytes: int
+    num_calls: int = 0
+    _memory: Any = field(init=False)
+    _library: Any = field(factory=lambda: ctypes.CDLL(None), init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._memory = np.zeros(self.num_bytes, dtype=np.uint8)
+
+    def call(self) -> None:
+        address = ctypes.c_void_p(self._memory.ctypes.data)
+        self._library.memset(address, 0, ctypes.c_size_t(self.num_bytes))
+        self.num_calls += 1
+
+    def begin(self) -> None:
+        """Nothing comes before."""
+
+    def save(self, part: Part, block_ids: tuple[int, ...], after: None) -> None:
+        for _ in part.places(BLOCK_TOKENS, block_ids):
+            self.call()
+
+    def sync(self) -> None:
+        """Calls are done when they return."""
+
+
+def launches_ms(num_launches: int, *, has_save: bool, has_gate: bool) -> tuple[float, int]:
+    """How long so many launches take, and how many blocks a save beside them copies meanwhile."""
+    gate, copier, device = Precedence(), Foreign(4096), Foreign(128 << 10)
+    transfers = TransferThread(
+        copier, None, lambda *_: None, gate=gate if has_gate else None, most_held_blocks=1 << 20
+    )
+    parts = tuple(
+        Part(start=start, num_tokens=64, first=start, end=start + 64)
+        for start in range(0, 64 * 4000, 64)
+    )
+    gate.work()
+    if has_save:
+        blocks = tuple(range(len(parts)))
+        transfers.submit(Job(is_load=False, parts=parts, chunks=(), block_ids=blocks, lease=None))
+    begin = time.perf_counter()
+    for _ in range(num_launches):
+        device.call()
+    took, num_copied = time.perf_counter() - begin, copier.num_calls
+    gate.rest(is_awaited=False)
+    transfers.close()
+    return 1e3 * took, num_copied
+
+
+def measure_launches(arguments: argparse.Namespace) -> None:
+    ways = {
+        "alone": {"has_save": False, "has_gate": False},
+        "beside a save": {"has_save": True, "has_gate": False},
+        "beside a save at the gate": {"has_save": True, "has_gate": True},
+    }
+    for name, way in ways.items():
+        found = [launches_ms(arguments.launches, **way) for _ in range(arguments.rounds)]
+        took, copied = (
+            _quantile(list(each), arguments.quantile) for each in zip(*found, strict=True)
+        )
+        print(f"{arguments.launches} launches {name}: {took:.1f} ms; {copied:.0f} blocks copied")
 
 
 async def settled(engine: NullEngine) -> None:
@@ -277,6 +334,8 @@ def main() -> None:
     for tiers in arguments.tiers:
         for num_tokens in arguments.tokens:
             asyncio.run(measure(arguments, tiers, num_tokens))
+    if arguments.launches:
+        measure_launches(arguments)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class LowerTiers:
     def slot_view(self, chunk: Chunk) -> Any:
         """The chunk's bytes in the host tier."""
         assert chunk.host is not None
-        return self._host.view(chunk.host.slot, self._num_bytes(chunk))
+        return self._host.view(chunk.host.slot, len(chunk.token_ids) * self.token_bytes)
 
     def record(self, chunk: Chunk) -> Record:
         """The chunk as the disk tier knows it."""
@@ -108,40 +108,46 @@ class LowerTiers:
             parent=chunk.parent.key,
             token_ids=chunk.token_ids,
             start=chunk.start,
-            num_bytes=self._num_bytes(chunk),
+            num_bytes=len(chunk.token_ids) * self.token_bytes,
             last_used_s=chunk.last_used_s + self._wall_ahead_s,
         )
 
     # ---- writing
 
-    def begin_save(self, token_ids: TokenArray, now: float) -> list[Chunk]:
-        """Chunks of this log that no tier holds, pinned, each with a slot to copy its bytes to.
+    def begin_save(
+        self,
+        token_ids: TokenArray,
+        now: float,
+        *,
+        behind: Chunk | None = None,
+        most_chunks: int | None = None,
+    ) -> list[Chunk]:
+        """Chunks of this log that no tier holds, pinned, each with a slot to copy its bytes to: the
+        first `most_chunks` of those behind a chunk of it that was got so, which is still pinned.
 
         Evicts what is worth least from the host tier; ends early where there is no room.
         """
         self._now = now
         path: list[Chunk] = []
         fresh: list[Chunk] = []
-        node = self._index.root
-        for start, piece in self._index.pieces(token_ids):
-            chunk = node.children.get(piece)
-            if chunk is None and self._index.covers(node, piece):
+        node = self._index.root if behind is None else behind
+        for _, piece in self._index.pieces(token_ids[node.end :]):
+            chunk, is_enough = node.children.get(piece), len(fresh) == most_chunks
+            if is_enough or (chunk is None and self._index.covers(node, piece)):
                 break
             chunk = chunk or self._index.add(node, piece, now)
             if chunk is None:
                 break
             chunk.last_used_s = max(chunk.last_used_s, now)
             chunk.num_pins += 1
-            if chunk.host is None and chunk.disk is None:
-                slot = self._holdings.reserve_slot(now)
-                if slot is None:
-                    path.append(chunk)
-                    self._unsaved_tokens += len(token_ids) - start
-                    break
+            is_held = chunk.host is not None or chunk.disk is not None
+            slot = None if is_held else self._holdings.reserve_slot(now)
+            (path if slot is None else fresh).append(chunk)
+            if slot is not None:
                 self._holdings.hold(chunk, "host", slot, in_queue=False)
-                fresh.append(chunk)
-            else:
-                path.append(chunk)
+            elif not is_held:
+                self._unsaved_tokens += len(token_ids) - chunk.start
+                break
             node = chunk
         for chunk in fresh:  # all but the last have one behind them: that one alone may go
             self._holdings.offer(chunk)
@@ -228,7 +234,7 @@ class LowerTiers:
             if any(child.key in self._writing for child in holding.chunk.children.values()):
                 needed.append(holding)  # what is being put goes on from here
                 continue
-            num_bytes -= self._num_bytes(holding.chunk)
+            num_bytes -= holding.num_tokens * self.token_bytes
             keys.append(holding.chunk.key)
             self._holdings.let_go(holding.chunk, "disk")
             if num_bytes <= 0:
@@ -312,9 +318,6 @@ class LowerTiers:
         self._holdings.check()
 
     # ---- inside
-
-    def _num_bytes(self, chunk: Chunk) -> int:
-        return len(chunk.token_ids) * self.token_bytes
 
     def _try_take_over(self, disk: Tier) -> None:
         """Write the disk tier, if whoever did so is gone."""
