@@ -29,7 +29,7 @@ from agentrt.session_store import SessionFile, SessionStore
 from agentrt.step_thread import open_on_step_thread
 from agentrt.stream import TokenStream
 from agentrt.structured import output_form
-from agentrt.submission import admissible_tokens, held_to, samples
+from agentrt.submission import admissible_tokens, held_to, packed, samples
 from agentrt.tool_runs import APPROVE_TIMEOUT_S, Approval, Approve
 from agentrt.turn import TurnRules
 from agentrt.types import Completion, GenerateOptions, StreamEvent, ToolChoice
@@ -131,7 +131,7 @@ class Engine:
         options, form = held_to(options or GenerateOptions(), output)
         if self.input_guards:
             prompt = await self._guarded_prompt(prompt)
-        ids = await self._open.chat.prompt_ids(prompt)
+        ids = await self._open.chat.prompt_ids(packed(prompt))
         streams: list[TokenStream] = []
         try:
             for one in samples(options):
@@ -183,7 +183,7 @@ class Engine:
         options = options or GenerateOptions()
         if options.n != 1:
             raise RequestInvalid("n must be 1 for stream: call it once a sample")
-        ids = await self._open.chat.prompt_ids(prompt)
+        ids = await self._open.chat.prompt_ids(packed(prompt))
         stream = await self.submit(ids, options, is_rewritten=is_rewritten)
         with closing(stream):
             async for event in stream:
@@ -191,7 +191,7 @@ class Engine:
 
     async def prefill(self, token_ids: Sequence[int]) -> None:
         """Compute a prompt's KV ahead of the request that will have it. Raises as `generate`."""
-        ids = await self._open.chat.prompt_ids(token_ids)
+        ids = await self._open.chat.prompt_ids(packed(token_ids))
         stream = await self.submit(ids, None)
         with closing(stream):
             await stream.collect()
@@ -254,7 +254,7 @@ class Engine:
         With `erase` the bytes in host RAM and on disk are overwritten before this returns. Raises
         TierUnavailable if another process writes the disk tier.
         """
-        ids = np.asarray(token_ids, dtype=np.int32)
+        ids = np.asarray(packed(token_ids), dtype=np.int32)
         scheduler = self._open.loop.scheduler
 
         def drop() -> int:
@@ -278,7 +278,8 @@ class Engine:
         """Say that whoever owns the log `token_ids` waits for a tool, which takes as long as the
         block. Its KV may make room meanwhile, and is brought back when tools of that name usually
         end (`Session.tool_pause` does this for a session)."""
-        loop, ids, number = self._open.loop, np.asarray(token_ids, np.int32), next(self._numbers)
+        loop, number = self._open.loop, next(self._numbers)
+        ids = np.asarray(packed(token_ids), np.int32)
         pauses = loop.scheduler.pauses
         loop.tell(lambda: pauses.begin(number, ids, name, loop.clock()))
         try:
@@ -290,7 +291,7 @@ class Engine:
         """Tell eviction what whoever owns the log `token_ids` does. Never waits."""
         if self._parts is None:
             return
-        loop, ids = self._parts.loop, np.asarray(token_ids, np.int32)
+        loop, ids = self._parts.loop, np.asarray(packed(token_ids), np.int32)
         loop.tell(lambda: loop.scheduler.pauses.mark(ids, state, loop.clock()))
 
     def openai(self, **settings: Any) -> AsyncOpenAI:
