@@ -91,6 +91,7 @@ class Scheduler:
     waiting: list[Request] = field(factory=list)
     running: list[Request] = field(factory=list)
     num_preempted: int = 0
+    is_short: bool = False  # whether the last plan found too few blocks
     admissions: Admissions = field(factory=Admissions)
     origins: Tally = field(factory=Tally)  # of all prompts
     order: Order = field()
@@ -105,8 +106,11 @@ class Scheduler:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a caller waits for the first token of a request that runs."""
-        return any(each.first_token_s is None and not each.is_prefill for each in self.running)
+        """Whether a caller waits for the first token of a request that runs, and no other request
+        for blocks, some of which saves may keep from it."""
+        return not self.is_short and any(
+            each.first_token_s is None and not each.is_prefill for each in self.running
+        )
 
     def idle_s(self, now: float) -> float | None:
         """How long nothing needs to be done, if nothing comes; None: for ever."""
@@ -122,6 +126,7 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Choose the next step's work. Empty when nothing can run."""
         copies: list[Copy] = []
+        self.is_short = False
         self._make_room(now)
         work = self._decode_rows(now)
         budget = self.config.step_tokens - sum(one.num_tokens for one in work)
@@ -138,6 +143,7 @@ class Scheduler:
             self._expect(candidates[rank:], now)
             admitted = self._admit(request, now)
             if admitted is None:
+                self.is_short = True
                 break  # the next in line must not be overtaken for ever by smaller ones
             copies += admitted
             budget -= self._add_chunk(work, request, budget)
@@ -305,6 +311,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, now: float) -> None:
         """Back to the queue's head: its KV stays in the cache until others need the blocks."""
+        self.is_short = True
         self._release(request, now)
         request.state = State.WAITING
         request.num_computed = 0

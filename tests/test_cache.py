@@ -331,6 +331,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.committed = {"": [], "tenant": []}
         self.lossy = False  # something left the tree, so a hit may fall short of the model
         self.now = 0.0
+        self.version = -1
+        self.found = []  # (tokens, namespace, match, the ends of its nodes), of this version
 
     @initialize(block_tokens=st.sampled_from([1, 4, 16]), num_blocks=st.integers(6, 24))
     def open(self, block_tokens, num_blocks):
@@ -512,6 +514,23 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.bench.device.copies:  # else the next forward makes them first
             for lease, tokens in self.leases:
                 self.bench.check_reads(lease, tokens)
+
+    @invariant()
+    def what_was_found_holds_as_long_as_the_version(self):
+        if not hasattr(self, "bench"):
+            return
+        cache = self.bench.cache
+        for tokens, namespace, match, ends in self.found if cache.version == self.version else ():
+            again = cache.find(tokens, namespace)
+            assert again.num_tokens == match.num_tokens
+            assert [id(node) for node in again.path] == [id(node) for node in match.path]
+            assert [node.end for node in match.path] == ends
+        self.version, self.found = cache.version, []
+        for namespace, logs in self.committed.items():
+            for tokens in logs[-6:]:
+                array = np.array((*tokens, 5), np.int32)
+                match = cache.find(array, namespace)
+                self.found.append((array, namespace, match, [node.end for node in match.path]))
 
     @invariant()
     def every_cached_path_reads_back(self):

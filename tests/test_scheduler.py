@@ -216,6 +216,38 @@ def test_who_comes_back_from_a_slow_tool_has_waited_for_it():
     assert pauses.waiting_since(np.append(log, 5)) is None  # its next turn waits for itself
 
 
+def test_of_sessions_that_come_back_the_longest_log_is_the_prompts():
+    steps = Steps.over(100)
+    log = np.array(prompt(3, 30), np.int32)
+    pauses = steps.scheduler.pauses
+    for number, length in enumerate((10, 20, 25)):
+        pauses.begin(number, log[:length], "tool", float(number))
+        pauses.end(number, 5.0)
+    assert pauses.waiting_since(log[:22]) == 1.0
+    assert pauses.waiting_since(log[:22]) == 0.0
+    assert pauses.waiting_since(log[:22]) is None
+    assert pauses.waiting_since(np.append(log[:24], 99)) is None
+    assert pauses.waiting_since(log) == 2.0
+
+
+def test_a_first_token_is_awaited_unless_others_wait_for_blocks():
+    steps = Steps.over(8, step_tokens=8)
+    assert not steps.scheduler.is_awaited
+    first = make_request(prompt(1, 16), 4)
+    steps.submit(first)
+    steps.step()
+    assert steps.scheduler.is_awaited
+    second = make_request(prompt(2, 16), 4)
+    steps.submit(second)
+    steps.step()
+    steps.step()
+    assert second.state is State.WAITING
+    assert steps.scheduler.is_short
+    assert not steps.scheduler.is_awaited
+    steps.run()
+    assert not steps.scheduler.is_short
+
+
 def test_a_large_request_at_the_head_is_not_overtaken_for_ever():
     """Small ones keep coming; the one that needs most of the pool still gets it."""
     steps = Steps.over(20, max_batch=4, step_tokens=16)
