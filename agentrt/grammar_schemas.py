@@ -30,12 +30,21 @@ _TIME = (
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
     "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
+# These are refused, since llguidance has no rule for them; what the standard has not is a note.
+_STANDARD_FORMATS = frozenset(
+    "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri "
+    "uri-reference iri iri-reference uuid uri-template json-pointer relative-json-pointer "
+    "regex".split()
+)
 _FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMAS = ("const", "enum", "default", "examples", "required", "x-guidance")
 _OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "required")
 _OF_ARRAYS = ("prefixItems", "items")
+_COUNTS = frozenset(
+    f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Length", "Properties")
+)
 _MERGED = ("$ref", "anyOf", "oneOf")
 
 _OLDER = re.compile(r"json-schema\.org/(draft-04|draft-06|draft-07|draft/2019-09)/")
@@ -140,9 +149,11 @@ class _Exact:
             return schema
         made = {key: changed(key, value, self.schema) for key, value in schema.items()}
         _texts(made)
+        for key in _COUNTS & set(made):
+            made[key] = int(made[key]) if _is_whole(made[key]) else made[key]  # 2.0 is 2
         if any(key in made for key in _OF_OBJECTS):
             self._objects(made)
-        if made.get("minProperties", 0) not in (0, 1, False):
+        if made.get("minProperties", 0) not in (0, 1):
             raise GrammarInvalid(
                 "minProperties above 1 cannot be followed: a key may come twice, and counts once"
             )
@@ -173,7 +184,9 @@ class _Exact:
                 "additionalProperties beside patternProperties cannot be followed, unless it is "
                 "true or false"
             )
-        if all(map(is_same_everywhere, patterns)):
+        # behind $ `re` lets a newline be: a key may fit two patterns then
+        is_apart = len(patterns) == 1 or not any("$" in pattern for pattern in patterns)
+        if is_apart and all(map(is_same_everywhere, patterns)):
             made["patternProperties"] = {exact_pattern(key): v for key, v in patterns.items()}
             return
         odd = next((name for name in declared if not (name.isascii() and name.isprintable())), None)
@@ -200,12 +213,17 @@ def _texts(made: dict[str, Any]) -> None:
     pattern, form = made.get("pattern"), made.get("format")
     if isinstance(pattern, str):
         made["pattern"] = exact_pattern(pattern)
-    if isinstance(form, str) and form in _FORMATS:
+    if isinstance(form, str) and (form in _FORMATS or form not in _STANDARD_FORMATS):
         del made["format"]
+    if isinstance(form, str) and form in _FORMATS:
         if "pattern" in made:
             made["allOf"] = [*made.get("allOf", []), {"pattern": _FORMATS[form]}]
         else:
             made["pattern"] = _FORMATS[form]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _any_but(names: list[str]) -> str:

@@ -79,6 +79,8 @@ EITHER = {
         # a pattern and a format
         ({"type": "string", "format": "date", "pattern": "^2023"}, '"2023-02-30"', False),
         ({"type": "string", "format": "date", "pattern": "^2023"}, '"2023-02-28"', True),
+        ({"type": "string", "format": "password", "maxLength": 2.0}, '"ab"', True),
+        ({"type": "string", "format": "password", "maxLength": 2.0}, '"abc"', False),
     ],
 )  # fmt: skip
 def test_what_is_taken(compiler, tokenizer, schema: Any, text: str, is_taken: bool) -> None:
