@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -32,9 +33,11 @@ _TIME = (
 )
 # These are refused, since llguidance has no rule for them; what the standard has not is a note.
 _STANDARD_FORMATS = frozenset(
-    "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri "
-    "uri-reference iri iri-reference uuid uri-template json-pointer relative-json-pointer "
-    "regex".split()
+    [
+        *("date-time", "date", "time", "duration", "email", "idn-email", "hostname"),
+        *("idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid"),
+        *("uri-template", "json-pointer", "relative-json-pointer", "regex"),
+    ]
 )
 _FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
@@ -149,6 +152,7 @@ class _Exact:
             return schema
         made = {key: changed(key, value, self.schema) for key, value in schema.items()}
         _texts(made)
+        _numbers(made)
         for key in _COUNTS & set(made):
             made[key] = int(made[key]) if _is_whole(made[key]) else made[key]  # 2.0 is 2
         if any(key in made for key in _OF_OBJECTS):
@@ -220,6 +224,25 @@ def _texts(made: dict[str, Any]) -> None:
             made["allOf"] = [*made.get("allOf", []), {"pattern": _FORMATS[form]}]
         else:
             made["pattern"] = _FORMATS[form]
+
+
+def _numbers(made: dict[str, Any]) -> None:
+    """What `multipleOf` says where a validator divides floats: to it, 0.07 is no multiple of 0.01.
+    Halves, quarters and so on are, as long as a float holds them."""
+    step = made.get("multipleOf")
+    if not isinstance(step, float):
+        return
+    if step.is_integer():
+        made["multipleOf"] = int(step)
+        return
+    most = 2**52 // Fraction(step).denominator
+    if Fraction(str(step)) != Fraction(step) or most < abs(step):
+        raise GrammarInvalid(
+            f"multipleOf {step} cannot be followed: validators divide floats, and do not find each "
+            "multiple to be one; leave it out, or count in whole numbers"
+        )
+    made["minimum"] = max(made.get("minimum", -most), -most)
+    made["maximum"] = min(made.get("maximum", most), most)
 
 
 def _is_whole(value: Any) -> bool:

@@ -79,6 +79,10 @@ EITHER = {
         # a pattern and a format
         ({"type": "string", "format": "date", "pattern": "^2023"}, '"2023-02-30"', False),
         ({"type": "string", "format": "date", "pattern": "^2023"}, '"2023-02-28"', True),
+        # what a float holds
+        ({"multipleOf": 1.5}, "7.5", True),
+        ({"multipleOf": 1.5}, "9007199254740994.5", False),
+        ({"type": "integer", "multipleOf": 2.0}, "90071992547409938", True),
         ({"type": "string", "format": "password", "maxLength": 2.0}, '"ab"', True),
         ({"type": "string", "format": "password", "maxLength": 2.0}, '"abc"', False),
     ],
@@ -114,6 +118,7 @@ def test_a_key_is_another_one_just_where_it_is(
     ("schema", "keyword"),
     [
         ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "number", "multipleOf": 0.01}, "multipleOf"),
         ({"patternProperties": {"^x": {}}, "additionalProperties": TEXT}, "additionalProperties"),
         ({"patternProperties": {r"^\w": {}}, "properties": {"é": TEXT}}, "patternProperties"),
         ({**DRAFT_2019, "items": {"$recursiveRef": "#"}}, "recursiveRef"),
