@@ -167,7 +167,9 @@ class VirtualEngine:
             self._commands()
             self.loop._step()
             self._deliver()
-            if not self.loop._is_idle or self.loop._inbox:
+            mover = self.loop.scheduler.mover
+            is_behind = mover is not None and mover.is_behind
+            if not self.loop._is_idle or self.loop._inbox or is_behind:
                 continue
             if not self._timers:
                 break

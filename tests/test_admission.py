@@ -258,3 +258,18 @@ def test_a_list_of_ids_is_an_array_at_once(given):
 )  # fmt: skip
 def test_whatever_else_comes_back_for_those_who_check_it(given):
     assert packed(given) is given
+
+
+async def test_who_waits_for_the_blocks_of_a_save_that_is_not_planned_gets_them():
+    first, second = tokens(13, 100).tolist(), tokens(14, 110).tolist()
+    async with FakeEngine(
+        num_blocks=32, host_kv_bytes=64 * SLOT_BYTES, eviction="lru", step_tokens=128
+    ) as engine:
+        mover = engine._open.loop.scheduler.mover
+        assert not mover.demotes
+        both = await asyncio.gather(engine.generate(first, TWO), engine.generate(second, TWO))
+        for prompt, done in zip((first, second), both, strict=True):
+            assert done.token_ids == tuple(greedy_after(prompt, 2))
+        await until(lambda: not mover.num_in_flight)
+        assert await engine.leased_blocks() == 0
+        assert engine.stats().lower.saved_tokens > 0
