@@ -9,14 +9,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
 from agentrt.errors import GrammarInvalid, ModelUnsupported
 from agentrt.grammar_ending import Ending, closing_order
-from agentrt.grammar_schemas import exact_schema
+from agentrt.grammar_schemas import exact_schema, has_merged_objects
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,10 +84,19 @@ def lark(text: str) -> str:
 
 
 def bounded(schema: Any) -> Any:
-    """The schema with a bound on each text, list, map and integer that has none."""
+    """The schema with a bound on each text, list, map and integer that has none. An object that
+    names its properties, and says nothing of others, has none."""
+    is_closed = isinstance(schema, Mapping) and not has_merged_objects(schema)
+    return _bounded(schema, is_closed=is_closed)
+
+
+def _bounded(schema: Any, *, is_closed: bool) -> Any:
     if not isinstance(schema, Mapping):
         return schema
-    made = {key: _within(key, value, bounded) for key, value in schema.items()}
+    change = partial(_bounded, is_closed=is_closed)
+    made = {key: _within(key, value, change) for key, value in schema.items()}
+    if is_closed and made.get("properties"):
+        made.setdefault("additionalProperties", False)
     if "enum" in made or "const" in made:
         return made
     kinds = made.get("type", ())

@@ -64,7 +64,7 @@ def exact_schema(schema: Schema) -> dict[str, Any]:
     """
     if (found := _OLDER.search(str(schema.get("$schema", "")))) is not None:
         schema = _as_2020_12(schema, ref_alone=found[1] != "draft/2019-09")
-    names = tuple(dict.fromkeys(_names(schema))) if _has_merged_objects(schema) else ()
+    names = tuple(dict.fromkeys(_names(schema))) if has_merged_objects(schema) else ()
     made: dict[str, Any] = _Exact(names).schema(schema)
     return made
 
@@ -119,7 +119,7 @@ def _all_schemas(schema: Any) -> list[Schema]:
     return found
 
 
-def _has_merged_objects(schema: Schema) -> bool:
+def has_merged_objects(schema: Schema) -> bool:
     """Whether llguidance may have to make one object of two that both must fit."""
     return any(
         "allOf" in each
@@ -168,17 +168,15 @@ class _Exact:
         `properties` through that is written with an escape, with another value."""
         others = made.get("additionalProperties", True)
         patterns = made.get("patternProperties") or {}
-        declared = list(dict.fromkeys([*_own_names(made), *self.names]))
+        declared = list(self.names or dict.fromkeys(_own_names(made)))  # in one order everywhere
         if patterns:
             self._keys_by_pattern(made, declared)
         elif others is not False and declared:
             made["patternProperties"] = {_any_but(declared): others}
         if others is False or not (declared or patterns):
             return
-        properties = dict(made.get("properties") or {})
-        made["properties"] = properties | {
-            name: others for name in declared if name not in properties
-        }
+        properties = made.get("properties") or {}
+        made["properties"] = {name: properties.get(name, others) for name in declared}
         made["additionalProperties"] = False
 
     def _keys_by_pattern(self, made: dict[str, Any], declared: list[str]) -> None:

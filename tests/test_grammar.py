@@ -315,6 +315,12 @@ def takes_arguments(
         ),
         ({"type": "object"}, {"k" * 64: 1}, {"k" * 65: 1}),
         ({"anyOf": [{"type": "string"}]}, "a" * 256, "a" * 257),
+        ({"type": "object", "properties": {"x": {}}}, {"x": 1}, {"x": 1, "y": 1}),
+        (
+            {"type": "object", "properties": {"x": {}}, "additionalProperties": True},
+            {"x": 1, "y": 1},
+            {"y": 1, "x": 1},
+        ),
         ({"enum": ["a" * 300]}, "a" * 300, "a"),
     ],
 )

@@ -34,6 +34,7 @@ EITHER = {
     "properties": {"x": INTEGER, "y": TEXT},
     "anyOf": [{"required": ["x"]}, {"required": ["y"]}],
 }
+LATE = {"type": "object", "properties": {"x": INTEGER, "y": TEXT}, "allOf": [{"required": ["y"]}]}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ EITHER = {
         (MERGED, '{"y": "q", "z": 1}', True),
         (MERGED, '{"x": "q", "y": "q"}', False),
         (MERGED, '{"y": 1}', False),
+        (LATE, '{"x": 1, "y": "q", "z": 1}', True),
         (MERGED, r'{"y": "q", "\u0078": "q"}', False),
         (EITHER, '{"x": 1}', True),
         (EITHER, '{"y": "q", "z": 1}', True),
