@@ -1,9 +1,9 @@
 """Precedence: the step thread before whatever else runs Python in its engine.
 
 All threads of a process share one interpreter lock, and a long prefill is launched kernel by
-kernel: beside a save 4,000 such calls took 1.5 to 2 times as long as alone, with pauses of 4 ms and
-more (`python benchmarks/admission.py --launches 4000`, 2 busy cores). So that work is done in small
-units, and waits before each one.
+kernel: beside a save 4,000 such calls took 1.5 to 2 times as long as alone (2 busy cores;
+`python benchmarks/admission.py --launches 4000`). So that work is done in small units, and waits
+before each one.
 """
 
 from __future__ import annotations
