@@ -16,7 +16,7 @@ from attrs import evolve
 
 from agentrt.errors import GrammarInvalid, ModelUnsupported
 from agentrt.grammar_ending import Ending, closing_order
-from agentrt.grammar_schemas import exact_schema, has_merged_objects
+from agentrt.grammar_schemas import exact_schema, has_merged_objects, has_one_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,9 +85,10 @@ def lark(text: str) -> str:
 
 def bounded(schema: Any) -> Any:
     """The schema with a bound on each text, list, map and integer that has none. An object that
-    names its properties, and says nothing of others, has none."""
-    is_closed = isinstance(schema, Mapping) and not has_merged_objects(schema)
-    return _bounded(schema, is_closed=is_closed)
+    names its properties, and says nothing of others, has none, where that is all there is to it:
+    where one text is weighed against several schemas it stays as it is."""
+    is_open = isinstance(schema, Mapping) and (has_merged_objects(schema) or has_one_of(schema))
+    return _bounded(schema, is_closed=not is_open)
 
 
 def _bounded(schema: Any, *, is_closed: bool) -> Any:

@@ -65,7 +65,7 @@ def exact_schema(schema: Schema) -> dict[str, Any]:
     if (found := _OLDER.search(str(schema.get("$schema", "")))) is not None:
         schema = _as_2020_12(schema, ref_alone=found[1] != "draft/2019-09")
     names = tuple(dict.fromkeys(_names(schema))) if has_merged_objects(schema) else ()
-    made: dict[str, Any] = _Exact(names).schema(schema)
+    made: dict[str, Any] = _Exact(names, has_one_of(schema)).schema(schema)
     return made
 
 
@@ -128,6 +128,12 @@ def has_merged_objects(schema: Schema) -> bool:
     )
 
 
+def has_one_of(schema: Schema) -> bool:
+    """Whether a text must not fit two schemas: then none may be narrowed, or what fits ours alone
+    could fit two of the author's."""
+    return any("oneOf" in each for each in _all_schemas(schema))
+
+
 def _names(schema: Schema) -> Iterator[str]:
     """Each name of a property, in the order in which they come."""
     for each in _all_schemas(schema):
@@ -146,6 +152,7 @@ class _Exact:
     """`names` are those of all properties, where objects may be merged."""
 
     names: tuple[str, ...]
+    has_one_of: bool
 
     def schema(self, schema: Any) -> Any:
         if not isinstance(schema, Mapping):
@@ -186,11 +193,21 @@ class _Exact:
                 "additionalProperties beside patternProperties cannot be followed, unless it is "
                 "true or false"
             )
+        if self.has_one_of and made.get("additionalProperties", True) is not False:
+            raise GrammarInvalid(
+                "patternProperties and oneOf cannot be followed together, unless "
+                "additionalProperties is false"
+            )
         # behind $ `re` lets a newline be: a key may fit two patterns then
         is_apart = len(patterns) == 1 or not any("$" in pattern for pattern in patterns)
         if is_apart and all(map(is_same_everywhere, patterns)):
             made["patternProperties"] = {exact_pattern(key): v for key, v in patterns.items()}
             return
+        if self.has_one_of:
+            raise GrammarInvalid(
+                f"patternProperties and oneOf cannot be followed together: engines disagree on "
+                f"which keys {next(iter(patterns))!r} takes"
+            )
         odd = next((name for name in declared if not (name.isascii() and name.isprintable())), None)
         if odd is not None:
             raise GrammarInvalid(

@@ -57,8 +57,8 @@ def output_form(wanted: Any) -> OutputForm:
     A dict is taken as it is. Texts, lists and numbers of a class that sets no bounds get ours: a
     small model repeats itself without end wherever a grammar lets it.
 
-    Raises RequestInvalid where a type has no JSON form. Whether a schema can be followed is known
-    when it is compiled (GrammarInvalid).
+    Raises RequestInvalid where a type has no JSON form, and GrammarInvalid where a schema asks what
+    no grammar holds; whether llguidance can follow it is known when it is compiled.
     """
     if isinstance(wanted, OutputForm):
         return wanted

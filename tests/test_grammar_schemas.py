@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt.errors import GrammarInvalid
-from agentrt.grammar import GrammarCompiler, json_schema
+from agentrt.grammar import GrammarCompiler, bounded, json_schema
 
 N = {"definitions": {"n": {"type": "integer"}}, "$ref": "#/definitions/n"}
 INTEGER, TEXT = {"type": "integer"}, {"type": "string"}
@@ -116,11 +116,22 @@ def test_a_key_is_another_one_just_where_it_is(
         assert is_taken
 
 
+def test_bounds_make_no_choice_of_one_that_is_none(compiler) -> None:
+    """{"a": 1} fits both; were the second closed, it would seem to fit the first alone."""
+    both = [{"properties": {"a": INTEGER}, "required": ["a"]}, {"properties": {"b": TEXT}}]
+    with pytest.raises(GrammarInvalid, match="oneOf"):
+        compiler.compile(json_schema(bounded({"oneOf": [{"type": "object", **x} for x in both]})))
+
+
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
         ({"type": "object", "minProperties": 2}, "minProperties"),
         ({"type": "number", "multipleOf": 0.01}, "multipleOf"),
+        (
+            {"oneOf": [{"required": ["k"]}, {"patternProperties": {"^x": TEXT}}]},
+            "patternProperties",
+        ),
         ({"patternProperties": {"^x": {}}, "additionalProperties": TEXT}, "additionalProperties"),
         ({"patternProperties": {r"^\w": {}}, "properties": {"é": TEXT}}, "patternProperties"),
         ({**DRAFT_2019, "items": {"$recursiveRef": "#"}}, "recursiveRef"),
