@@ -21,6 +21,8 @@ from torch import Tensor
 from agentrt.kernels.attention_shares import attend_tile, merge_shares, store_share
 from agentrt.kernels.dependent import arrive, start_next, wait_previous
 from agentrt.kernels.gemv import launch_options
+from agentrt.kernels.narrow import half_query, load_scales, narrowed
+from agentrt.kernels.narrow_decode import as_pairs, attend_pairs
 from agentrt.kernels.paged import load_tile
 from agentrt.kernels.rotary import angles_at, load_heads, rotate
 
@@ -64,7 +66,7 @@ def _locate(
 # Batches and their offsets within a step's arrays vary: one compiled kernel serves them all.
 @triton.jit(
     do_not_specialize=["batch", "capacity"],
-    do_not_specialize_on_alignment=["slots", "positions", "starts"],
+    do_not_specialize_on_alignment=["slots", "positions", "starts", "scales"],
 )
 def decode_attention_kernel(
     qkv,  # [batch, (heads + 2 * kv_heads) * D]
@@ -82,6 +84,7 @@ def decode_attention_kernel(
     partial,  # [programs, GP, D] scratch, float32
     peaks,  # [programs, 2, GP]: the largest score (log2), and the sum of the weights
     counters,  # [batch, kv_heads], zero
+    scales,  # [2, kv_heads], if the cache is 8 bits wide: see `narrow`
     batch,
     capacity,
     eps,
@@ -102,6 +105,8 @@ def decode_attention_kernel(
     G: tl.constexpr = HEADS // KV_HEADS
     M: tl.constexpr = 16 if GP < 16 else GP
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    NARROW: tl.constexpr = key_cache.dtype.element_ty == tl.float8e4nv
+    W: tl.constexpr = D // 2 if NARROW else D  # of a row that is read
     start_next(PDL)
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
@@ -117,11 +122,17 @@ def decode_attention_kernel(
     table = tables + slot.to(tl.int64) * TABLE
     start = part * tiles_each * TILE
     end = tl.minimum(start + tiles_each * TILE, position)
-    keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True)
+    key_reads, value_reads = key_cache, value_cache
+    if NARROW:
+        key_reads, value_reads = as_pairs(key_cache), as_pairs(value_cache)
+    keys = load_tile(key_reads, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, W, TILE, True)
     values = load_tile(
-        value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
+        value_reads, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, W, TILE, True
     )
     own_block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
+    if NARROW:
+        key_scale, value_scale = load_scales(scales, kv_head, KV_HEADS)
+        scale *= key_scale
     wait_previous(PDL)
     group = tl.arange(0, M)
     columns = tl.arange(0, D)
@@ -140,7 +151,27 @@ def decode_attention_kernel(
     largest = tl.full([M], float("-inf"), tl.float32)
     weight_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    if STAGES == 1:
+    if NARROW:
+        query = half_query(query)
+        largest, weight_sum, acc = attend_pairs(
+            query,
+            keys,
+            values,
+            key_reads,
+            value_reads,
+            table,
+            start,
+            end,
+            kv_head,
+            scale,
+            KV_HEADS,
+            BLOCK_TOKENS,
+            D,
+            M,
+            TILE,
+            STAGES,
+        )
+    elif STAGES == 1:
         for at in tl.range(start, end, TILE, num_stages=1):
             # The next tile comes into registers while this one is worked on.
             next_keys = load_tile(
@@ -190,8 +221,11 @@ def decode_attention_kernel(
             )
     if has_own:
         key = rotate(own_values, own_turned, key_norm, cosines, sines, eps, D, NORM)
+        value = own_value
+        if NARROW:  # what later tokens will read
+            key, value = narrowed(key, key_scale), narrowed(value, value_scale)
         key = key.to(key_cache.dtype.element_ty)
-        value = own_value.to(value_cache.dtype.element_ty)
+        value = value.to(value_cache.dtype.element_ty)
         cell = (own_block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
         tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
         tl.store(value_cache + cell * D + columns, value)
@@ -202,6 +236,8 @@ def decode_attention_kernel(
         weight_sum = weight_sum * shrink + weight
         acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
         largest = peak
+    if NARROW:
+        acc *= value_scale
     target = out + (row.to(tl.int64) * HEADS + kv_head * G) * D
     if num_units == 1:
         result = acc / weight_sum[:, None]
@@ -301,6 +337,7 @@ def decode_attention(
     num_stages: int,
     num_warps: int = 4,
     pdl: bool = False,
+    scales: Tensor | None = None,  # [2, kv_heads], of a pool of 8 bits: see `narrow`
 ) -> Tensor:
     """Attention of one token a row; its key and value are appended to `kv`. `num_stages` (see
     `choose_stages`) changes the time alone, `num_warps` the bits too."""
@@ -323,6 +360,7 @@ def decode_attention(
         work.partial,
         work.peaks,
         work.counters,
+        cos if scales is None else scales,
         batch,
         work.num_programs,
         eps,

@@ -16,6 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from agentrt.kernels.dependent import arrive, dot
+from agentrt.kernels.narrow import half_query, load_scales
 from agentrt.kernels.paged import load_tile
 
 LARGEST_TILE = 128  # keys
@@ -51,7 +52,7 @@ def _step(
     """One tile of keys and values, by online softmax (Milakov, Gimelshein 2018)."""
     tokens = start + tl.arange(0, TILE)
     keys = load_tile(key_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
-    scores = dot(query, tl.trans(keys), tl.zeros([M, TILE], tl.float32))
+    scores = dot(query, tl.trans(keys.to(query.dtype)), tl.zeros([M, TILE], tl.float32))
     if MASKED:
         scores = tl.where(tokens[None, :] <= limit[:, None], scores, float("-inf"))
     peak = tl.maximum(largest, tl.max(scores, 1) * (scale * _LOG2_E))
@@ -62,11 +63,11 @@ def _step(
     shrink = tl.exp2(largest - finite)
     weight_sum = weight_sum * shrink + tl.sum(weights, 1)
     values = load_tile(value_cache, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE)
-    acc = dot(weights.to(query.dtype), values, acc * shrink[:, None])
+    acc = dot(weights.to(query.dtype), values.to(query.dtype), acc * shrink[:, None])
     return peak, weight_sum, acc
 
 
-@triton.jit(do_not_specialize=["prefix", "num_rows_all"])
+@triton.jit(do_not_specialize=["prefix", "num_rows_all"], do_not_specialize_on_alignment=["scales"])
 def prefill_attention_kernel(
     qkv,  # [rows, (heads + 2 * kv_heads) * D], queries turned
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
@@ -79,6 +80,7 @@ def prefill_attention_kernel(
     partial,  # [tiles, kv_heads, SPLITS, M, D] scratch, if SPLITS > 1
     peaks,  # [tiles, kv_heads, SPLITS, 2, M]: the largest score (log2), and the sum of weights
     counters,  # [tiles, kv_heads], zero
+    scales,  # [2, kv_heads], if the cache is 8 bits wide: see `narrow`
     prefix,  # a multiple of TILE
     num_rows_all,
     scale,
@@ -116,6 +118,11 @@ def prefill_attention_kernel(
         mask=alive[:, None],
         other=0.0,
     )
+    NARROW: tl.constexpr = key_cache.dtype.element_ty == tl.float8e4nv
+    if NARROW:
+        key_scale, value_scale = load_scales(scales, kv_head, KV_HEADS)
+        query = half_query(query)
+        scale *= key_scale
     limit = first_position + token
     end = first_position + num_rows
     whole = (first_position + 1) // TILE * TILE  # every row sees the tiles before
@@ -200,6 +207,8 @@ def prefill_attention_kernel(
             weight_sum = weight_sum * shrink + part_sum * factor
             acc = acc * shrink[:, None] + part * factor[:, None]
             largest = peak
+    if NARROW:
+        acc *= value_scale
     result = acc / weight_sum[:, None]
     tl.store(
         out + (rows[:, None] * HEADS + head[:, None]) * D + columns[None, :],
@@ -246,7 +255,8 @@ def plan_tiles(
 
 @frozen
 class Prefix:
-    """Attention of every row to the first `num_tokens` tokens of one context, done already."""
+    """Attention of every row to the first `num_tokens` tokens of one context, done already. Of a
+    pool of 8 bits, the sums of values as they are stored."""
 
     out: Tensor  # [kv_heads, rows * group, dim]
     lse: Tensor  # [kv_heads, rows * group], float32
@@ -262,6 +272,7 @@ def prefill_attention(
     shape: PrefillTiles,
     prefix: Prefix | None = None,
     counters: Tensor | None = None,
+    scales: Tensor | None = None,  # [2, kv_heads], of a pool of 8 bits: see `narrow`
 ) -> Tensor:
     """Attention of the chunks that `tiles` describes; their keys are in the cache already.
     `counters` [tiles * kv_heads], int32 and zero, is for tiles that programs share."""
@@ -285,6 +296,7 @@ def prefill_attention(
         partial,
         peaks,
         tiles if counters is None else counters,
+        peaks if scales is None else scales,
         0 if prefix is None else prefix.num_tokens,
         qkv.shape[0],
         dim**-0.5,

@@ -23,29 +23,46 @@ PREFIX_TOKENS = 2048
 MOST_PLANNED = 24  # lengths that are planned ahead
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scales"])
 def gather_kernel(
     cache,  # [2, blocks, kv_heads, block_tokens, D] of one layer
     table,  # [number of blocks]
     out,  # [2, kv_heads, tokens, D]
+    scales,  # [2, kv_heads], if NARROW: see `narrow`
     num_blocks,  # in the cache
     KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,  # block_tokens * D
+    NARROW: tl.constexpr,
 ):
     index, head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block = tl.load(table + index).to(tl.int64)
     source = ((which * num_blocks + block) * KV_HEADS + head) * BLOCK
     target = ((which * KV_HEADS + head).to(tl.int64) * tl.num_programs(0) + index) * BLOCK
     numbers = tl.arange(0, BLOCK)
-    tl.store(out + target + numbers, tl.load(cache + source + numbers))
+    found = tl.load(cache + source + numbers)
+    if NARROW:  # keys as they were before, exactly; values as they are stored
+        scale = tl.load(scales + head, mask=which == 0, other=1.0)
+        found = (found.to(tl.float32) * scale).to(out.dtype.element_ty)
+    tl.store(out + target + numbers, found)
 
 
-def gather(kv: Tensor, table: Tensor) -> Tensor:
-    """Keys and values [2, kv_heads, tokens, dim] of the blocks in `table`."""
+def gather(kv: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Keys and values [2, kv_heads, tokens, dim] of the blocks in `table`. With `scales`
+    [2, kv_heads] the keys of a pool of 8 bits times theirs, and its values without; in bfloat16,
+    which holds them all."""
     _, num_blocks, kv_heads, block_tokens, dim = kv.shape
-    out = kv.new_empty(2, kv_heads, len(table) * block_tokens, dim)
+    dtype = kv.dtype if scales is None else torch.bfloat16
+    out = kv.new_empty(2, kv_heads, len(table) * block_tokens, dim, dtype=dtype)
     gather_kernel[(len(table), kv_heads, 2)](
-        kv, table, out, num_blocks, kv_heads, block_tokens * dim, num_warps=4
+        kv,
+        table,
+        out,
+        table if scales is None else scales,
+        num_blocks,
+        kv_heads,
+        block_tokens * dim,
+        scales is not None,
+        num_warps=4,
     )
     return out
 
@@ -72,10 +89,11 @@ def attend_prefix(
     num_rows: int,  # those that count: the others are there for the shape, and may hold anything
     kv: Tensor,  # [2, blocks, kv_heads, block_tokens, dim] of one layer
     table: Tensor,  # the blocks before the chunk, all full
+    scales: Tensor | None = None,  # [2, kv_heads], of a pool of 8 bits: see `narrow`
 ) -> Prefix:
     """Attention of all rows to all tokens of the blocks."""
     kv_heads, _, group, dim = query.shape
-    key, value = gather(kv, table)
+    key, value = gather(kv, table, scales)
     out, lse = _attend(query.view(1, kv_heads, -1, dim), key[None], value[None])
     num = num_rows * group
     found = out[0, :, :num].contiguous(), lse.reshape(kv_heads, -1)[:, :num].contiguous()

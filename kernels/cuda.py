@@ -31,6 +31,7 @@ from agentrt.kernels.skinny import MAX_PROGRAMS, MAX_ROWS, TILE_ROWS, SkinnyWork
 
 Chunk = tuple[int, int, int, int]
 HEAD_DIMS = (16, 32, 64, 128, 256)
+LEAST_NARROW_DIM = 32  # with 8-bit KV: half of it is the least that a product may sum over
 MAX_GROUP = 16  # query heads of one kv head
 MAX_SHARED_TILES = 1024  # of prefill: with more there is no need to share
 
@@ -104,6 +105,7 @@ class CudaStep:
     products: Products
     attention: Attention
     outputs: Tensor | None  # the output rows; None for all
+    scales: Tensor | None = None  # [layers, 2, kv_heads], of a pool of 8 bits
 
     def embed(self, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]:
         return self.products.embed(self.rows, table, norm)
@@ -112,7 +114,8 @@ class CudaStep:
         return self.products.linear(x, cast(CudaLinear, linear))
 
     def attend(self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
-        return self.attention.attend(qkv, self.kv[layer], self.geometry, norms)
+        scales = None if self.scales is None else self.scales[layer]
+        return self.attention.attend(qkv, self.kv[layer], self.geometry, norms, scales)
 
     def add_norm(
         self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
@@ -134,17 +137,20 @@ class CudaStep:
 class CudaOps:
     """See `agentrt.kernels.Ops`. `deterministic`: a row's bits depend on its own tokens and their
     positions alone (see `ordered_products` and `ordered_attention`); it needs a Scratch that is
-    so, too. `cudnn`: see `attention_prefix`. `pdl`: see `dependent`."""
+    so, too. `cudnn`: see `attention_prefix`. `pdl`: see `dependent`. With `kv_scales` [layers, 2,
+    kv_heads] the pool is 8 bits wide: see `narrow`."""
 
     device: torch.device
     fp8: bool = False
     deterministic: bool = False
     cudnn: bool = False
     pdl: bool = True
+    kv_scales: Tensor | None = field(default=None, eq=False)
     name: str = field(init=False, default="triton")
 
     def __attrs_post_init__(self) -> None:
         assert not (self.deterministic and self.cudnn), "cuDNN sums in an order of its own"
+        assert self.kv_scales is None or not self.deterministic
 
     def check(self, *, num_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int) -> None:
         """Raise ConfigError on a shape that the kernels are not made for."""
@@ -154,6 +160,11 @@ class CudaOps:
                 f"the Triton kernels serve head_dim in {HEAD_DIMS}, at most {MAX_GROUP} query "
                 f"heads a kv head and hidden_size a multiple of 16, not {head_dim}, {group} and "
                 f"{hidden_size}: use dtype='float32', which runs on plain torch"
+            )
+        if self.kv_scales is not None and head_dim < LEAST_NARROW_DIM:
+            raise ConfigError(
+                f"kv_dtype='fp8' needs a head_dim of at least {LEAST_NARROW_DIM}, not {head_dim}: "
+                "leave it at 'auto'"
             )
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CudaLinear:
@@ -243,7 +254,7 @@ class CudaOps:
             most_rows=most_rows,
         )
         products = self.products(rows.token_ids.shape[0], geometry.norm_eps, scratch)
-        return CudaStep(rows, kv, geometry, products, attention, outputs)
+        return CudaStep(rows, kv, geometry, products, attention, outputs, self.kv_scales)
 
     def plan_decode(
         self,
@@ -270,7 +281,7 @@ class CudaOps:
             ordered=self._ordered_decode(scratch),
         )
         products = self.products(batch, geometry.norm_eps, scratch)
-        return CudaStep(rows, kv, geometry, products, attention, None)
+        return CudaStep(rows, kv, geometry, products, attention, None, self.kv_scales)
 
     def _ordered_decode(self, scratch: Scratch) -> OrderedDecodeWork | None:
         if not self.deterministic:

@@ -43,9 +43,12 @@ class Attention:
         kv: Tensor,
         geometry: Geometry,
         norms: tuple[Tensor, Tensor] | None,
+        scales: Tensor | None = None,
     ) -> Tensor:
+        """Of one layer's `qkv` and pool; `scales` [2, kv_heads] if that is 8 bits wide."""
         out = qkv.new_empty(qkv.shape[0], geometry.num_heads * geometry.head_dim)
         if self.ordered is not None:
+            assert scales is None, "no kernel in one order reads 8 bits"
             return self._in_order(qkv, kv, out, geometry, norms, self.ordered)
         rows, num = self.rows, self.num_decode
         if num:
@@ -63,13 +66,22 @@ class Attention:
                 eps=geometry.norm_eps,
                 num_stages=choose_stages(geometry.head_dim, num, is_long=self.is_long),
                 pdl=self.pdl,
+                scales=scales,
             )
         if self.tiles is not None:
             assert self.tile_shape is not None
             slots, positions = rows.slots[num:], rows.positions[num:]
             packed = self._packed(qkv[num:], geometry)
             append_heads(
-                qkv[num:], kv, rows.tables, slots, positions, geometry, norms, packed=packed
+                qkv[num:],
+                kv,
+                rows.tables,
+                slots,
+                positions,
+                geometry,
+                norms,
+                packed=packed,
+                scales=scales,
             )
             prefill_attention(
                 qkv[num:],
@@ -78,8 +90,9 @@ class Attention:
                 rows.tables,
                 self.tiles,
                 self.tile_shape,
-                self._prefix(packed, len(qkv) - num, kv),
+                self._prefix(packed, len(qkv) - num, kv, scales),
                 self.counters,
+                scales,
             )
         return out
 
@@ -122,7 +135,9 @@ class Attention:
         rows = max(len(qkv), self.most_rows)
         return qkv.new_empty(geometry.num_kv_heads, rows, group, geometry.head_dim)
 
-    def _prefix(self, packed: Tensor | None, num_rows: int, kv: Tensor) -> Prefix | None:
+    def _prefix(
+        self, packed: Tensor | None, num_rows: int, kv: Tensor, scales: Tensor | None
+    ) -> Prefix | None:
         if packed is None or self.prefix_blocks is None:
             return None
-        return attend_prefix(packed, num_rows, kv, self.prefix_blocks)
+        return attend_prefix(packed, num_rows, kv, self.prefix_blocks, scales)

@@ -9,6 +9,7 @@ from torch import Tensor
 from agentrt.kernels import Geometry
 from agentrt.kernels.dependent import start_next, wait_previous
 from agentrt.kernels.exact import exact_options
+from agentrt.kernels.narrow import narrowed
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def rotate(
 
 @triton.jit(
     do_not_specialize=["num_decode", "packed_rows"],
-    do_not_specialize_on_alignment=["slots", "positions", "starts"],
+    do_not_specialize_on_alignment=["slots", "positions", "starts", "scales"],
 )
 def append_kernel(
     qkv,  # [rows, (heads + 2 * kv_heads) * D]; query heads are turned in place
@@ -74,6 +75,7 @@ def append_kernel(
     eps,
     packed,  # [kv_heads, packed_rows, group, D], if PACKED: the turned queries once more
     packed_rows,
+    scales,  # [2, kv_heads], if the cache is 8 bits wide: see `narrow`
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -109,6 +111,7 @@ def append_kernel(
         key = rotate(values, turned, key_norm, cosines, sines, eps, D, NORM)
         both = tl.where(is_query[:, None], both, key)
     tl.debug_barrier()  # other threads read, as the other half, what the next lines overwrite
+    wide = both
     both = both.to(qkv.dtype.element_ty)
     tl.store(pointers[:, None] + columns[None, :], both, mask=is_query[:, None])
     if PACKED:
@@ -118,10 +121,17 @@ def append_kernel(
     kv_head = head - HEADS
     cells = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
     offsets = cells[:, None] * D + columns[None, :]
+    NARROW: tl.constexpr = key_cache.dtype.element_ty == tl.float8e4nv
+    if NARROW:
+        key_scale = tl.load(scales + kv_head, mask=is_key, other=1.0)
+        both = narrowed(wide, key_scale[:, None])
     tl.store(key_cache + offsets, both, mask=is_key[:, None])
     value = tl.load(
         pointers[:, None] + KV_HEADS * D + columns[None, :], mask=is_key[:, None], other=0.0
     )
+    if NARROW:
+        value_scale = tl.load(scales + KV_HEADS + kv_head, mask=is_key, other=1.0)
+        value = narrowed(value, value_scale[:, None])
     tl.store(value_cache + offsets, value, mask=is_key[:, None])
 
 
@@ -136,13 +146,14 @@ def append_heads(
     *,
     starts: Tensor | None = None,
     packed: Tensor | None = None,
+    scales: Tensor | None = None,
     is_exact: bool = False,
     pdl: bool = False,
 ) -> None:
     """Turn the rows' queries in place, and append their keys and values to the pool. `starts`
     are the first tiles of the decode rows, if those are here too (see `attention_decode`);
-    `packed` [kv_heads, at least rows, group, dim] gets the turned queries too; `is_exact`: see
-    `exact`."""
+    `packed` [kv_heads, at least rows, group, dim] gets the turned queries too; `scales`
+    [2, kv_heads] are those of a pool of 8 bits, see `narrow`; `is_exact`: see `exact`."""
     heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
     append_kernel[(qkv.shape[0],)](
         qkv,
@@ -160,6 +171,7 @@ def append_heads(
         geometry.norm_eps,
         qkv if packed is None else packed,
         0 if packed is None else packed.shape[1],
+        geometry.cos if scales is None else scales,
         heads,
         kv_heads,
         geometry.head_dim,

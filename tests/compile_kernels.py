@@ -84,20 +84,20 @@ def products(name, rows, columns, kind):
         yield f"skinny_{name}_{batch}", made | {"is_deep": skinny.is_deep}
 
 
-def attention(dim):
+def attention(dim, kind="", types=None):
     shared = {"HEADS": 32, "KV_HEADS": 8, "D": dim, "BLOCK_TOKENS": 64, "TABLE": 642, "GP": 4}
     constants = {**shared, "TILE": tile_tokens(dim), "BP": 64, "NORM": False, "PDL": True}
     for batch, is_long in ((1, False), (32, False), (32, True)):
         stages = choose_stages(dim, batch, is_long=is_long)
         constants |= {"THREADS": 128, "STAGES": stages}
-        made = compiled(decode_attention_kernel, constants, num_warps=4, launch_pdl=True)
-        yield f"decode_{dim}_{batch}" + ("_long" if is_long else ""), made
+        made = compiled(decode_attention_kernel, constants, types, num_warps=4, launch_pdl=True)
+        yield f"decode{kind}_{dim}_{batch}" + ("_long" if is_long else ""), made
     for length in (200, 2048):
         shape = PrefillTiles.choose(dim, length, 8, 4)
         tile = {"M": shape.rows, "TILE": shape.keys, "STAGES": shape.num_stages, "PREFIX": False}
         tile["SPLITS"] = shape.splits
-        made = compiled(prefill_attention_kernel, shared | tile, num_warps=shape.num_warps)
-        yield f"prefill_{dim}_{length}", made
+        made = compiled(prefill_attention_kernel, shared | tile, types, num_warps=shape.num_warps)
+        yield f"prefill{kind}_{dim}_{length}", made
 
 
 def ordered_products(name, rows, columns, kind):
@@ -140,6 +140,7 @@ def main():
         found |= ordered_products(*product)
     for dim in (64, 128):
         found |= attention(dim)
+        found |= attention(dim, "-fp8", {"key_cache": "*fp8e4nv", "value_cache": "*fp8e4nv"})
         found |= ordered_attention(dim)
     print(json.dumps(found))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from attrs import frozen
+from attrs import evolve, frozen
 from gpu import DEVICE, interpreted, relative_error
 
 from agentrt.kernels import Geometry, Segment
@@ -20,6 +20,7 @@ from agentrt.kernels.attention_prefill import (
     prefill_attention,
 )
 from agentrt.kernels.attention_prefix import attend_prefix, lengths_to_plan, prefix_tokens
+from agentrt.kernels.narrow import KV_DTYPE, LARGEST, power_scales
 from agentrt.kernels.reference import attend_segment
 from agentrt.kernels.rotary import append_heads
 
@@ -27,6 +28,8 @@ EPS = 1e-5
 CONTEXT = 1024
 NUM_BLOCKS = 220
 TOLERANCE = 1e-2  # bf16: the weights of softmax are rounded too
+# Of 8-bit KV: they are float16, and only the result is bf16, which the interpreter cuts off.
+NARROW_TOLERANCE = 4e-3
 HEADS = [(6, 2, 16, False), (8, 2, 32, True), (4, 4, 16, False), (9, 3, 64, False)]
 pytestmark = interpreted
 
@@ -38,6 +41,7 @@ class Case:
     kv: torch.Tensor
     tables: torch.Tensor
     order: list[int]  # block ids, shuffled
+    scales: torch.Tensor | None = None  # [2, kv_heads], of a pool of 8 bits
 
     def place(self, slot: int, first: int, num_tokens: int) -> tuple[int, ...]:
         """Give a slot blocks for `num_tokens` tokens, those from the `first`-th on."""
@@ -77,6 +81,34 @@ def make(heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int
     return Case(geometry, norms, kv, tables, torch.randperm(NUM_BLOCKS).tolist())
 
 
+def narrowed(case: Case) -> Case:
+    """With a pool of 8 bits, every head's scale another."""
+    scales = power_scales(case.kv.float().abs().amax((1, 3, 4)))
+    scales *= 2.0 ** (torch.arange(scales.numel(), device=DEVICE).view(scales.shape) % 3)
+    return evolve(case, kv=as_stored(case.kv, scales[:, None, :, None, None]), scales=scales)
+
+
+def as_stored(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (numbers.float() / scales).clamp(-LARGEST, LARGEST).to(KV_DTYPE)
+
+
+def widened(case: Case) -> torch.Tensor:
+    """The pool's numbers."""
+    assert case.scales is not None
+    return case.kv.float() * case.scales[:, None, :, None, None]
+
+
+def assert_appended(case: Case, at: tuple[int, int], heads: torch.Tensor) -> None:
+    """Key and value [2, kv_heads, dim] of one token are rounded as a cast rounds them."""
+    assert case.scales is not None
+    stored = case.kv[:, at[0], :, at[1]].float()
+    expected = as_stored(heads, case.scales[..., None]).float()
+    assert torch.equal(stored[1], expected[1])
+    # Keys are turned, in float32, in another order of operations: a few are rounded the other way.
+    torch.testing.assert_close(stored[0], expected[0], rtol=2**-3, atol=2**-9)
+    assert (stored[0] != expected[0]).float().mean() < 0.05
+
+
 def attend_decode(
     case: Case,
     qkv: torch.Tensor,
@@ -108,6 +140,7 @@ def attend_decode(
         norms=case.norms,
         eps=EPS,
         num_stages=choose_stages(dim, len(slots), is_long=is_long),
+        scales=case.scales,
     )
     assert not work.counters.any()
     return out
@@ -233,3 +266,99 @@ def test_prefill_continues_from_a_prefix_that_is_done() -> None:
     out = qkv.new_full((20, heads * dim), float("nan"))
     prefill_attention(qkv, case.kv, out, case.tables, tiles, shape, prefix)
     assert relative_error(out, expected) < TOLERANCE
+
+
+NARROW_HEADS = [(8, 2, 32, True), (9, 3, 64, False), (4, 2, 128, False)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), NARROW_HEADS)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_decode_from_8_bits(
+    heads: int, kv_heads: int, dim: int, with_norm: bool, block_tokens: int
+) -> None:
+    case = narrowed(make(heads, kv_heads, dim, with_norm, block_tokens))
+    slots, positions = [3, 1, 0, 5, 2], [0, 700, 255, 256, 33]
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    places, first = [], 0
+    for slot, position in zip(slots, positions, strict=True):
+        places.append(case.place(slot, first, position + 1))
+        first += len(places[-1])
+    out = attend_decode(case, qkv, slots, positions)
+    made, kv, expected = case.heads(qkv, torch.tensor(positions)), widened(case), []
+    for row, (position, ids) in enumerate(zip(positions, places, strict=True)):
+        own = exact_heads(case, qkv[row], position)
+        assert_appended(case, (ids[position // block_tokens], position % block_tokens), own)
+        query = made[row : row + 1, :heads].float()
+        expected.append(attend_segment(query, kv, Segment(0, 1, position, ids)).flatten(1))
+    assert relative_error(out, torch.cat(expected)) < NARROW_TOLERANCE
+    assert torch.equal(attend_decode(case, qkv, slots, positions, is_long=True), out)
+    few = attend_decode(case, qkv[:4], slots[:4], positions[:4])
+    assert relative_error(few, out[:4]) < 2e-3
+
+
+def exact_heads(case: Case, row: torch.Tensor, position: int) -> torch.Tensor:
+    """A row's key and value [2, kv_heads, dim], the key turned and not rounded."""
+    made = case.geometry
+    wide = row.float().view(1, -1, made.head_dim)
+    key, value = wide[0, made.num_heads :].view(2, made.num_kv_heads, -1).clone()
+    if case.norms is not None:
+        key *= torch.rsqrt(key.square().mean(-1, keepdim=True) + EPS) * case.norms[1].float()
+    low, high = key.chunk(2, -1)
+    cos, sin = made.cos[position], made.sin[position]
+    return torch.stack([torch.cat([low * cos - high * sin, high * cos + low * sin], -1), value])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "with_norm"), NARROW_HEADS)
+def test_prefill_from_8_bits(heads: int, kv_heads: int, dim: int, with_norm: bool) -> None:
+    case = narrowed(make(heads, kv_heads, dim, with_norm))
+    qkv = torch.randn(41, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    raw, positions = qkv.clone(), torch.arange(37, 78)
+    ids = case.place(6, 0, 78)
+    slots = torch.full((41,), 6, dtype=torch.int32, device=DEVICE)
+    where = positions.to(DEVICE, torch.int32)
+    append_heads(
+        qkv, case.kv, case.tables, slots, where, case.geometry, case.norms, scales=case.scales
+    )
+    for row, position in enumerate(positions.tolist()):
+        own = exact_heads(case, raw[row], position)
+        assert_appended(case, (ids[position // 16], position % 16), own)
+    query = qkv.view(41, -1, dim)[:, :heads].float()
+    expected = attend_segment(query, widened(case), Segment(0, 41, 37, ids)).flatten(1)
+    group = heads // kv_heads
+    tiles = torch.tensor(plan_tiles([(0, 37, 41, 6)], group, 64), dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(len(tiles) * kv_heads, dtype=torch.int32, device=DEVICE)
+    for shape in (PrefillTiles(64, 32, 2, 4), PrefillTiles(64, 32, 2, 4, splits=3)):
+        out = qkv.new_full((41, heads * dim), float("nan"))
+        arguments = (case.tables, tiles, shape, None, counters, case.scales)
+        prefill_attention(qkv, case.kv, out, *arguments)
+        assert relative_error(out, expected) < NARROW_TOLERANCE
+    packed = query.to(torch.bfloat16).view(41, kv_heads, group, dim).transpose(0, 1).contiguous()
+    blocks = torch.tensor(ids[:2], dtype=torch.int32, device=DEVICE)
+    prefix = attend_prefix(packed, 41, case.kv, blocks, case.scales)
+    out = qkv.new_full((41, heads * dim), float("nan"))
+    arguments = (case.tables, tiles, PrefillTiles(64, 32, 2, 4), prefix, None, case.scales)
+    prefill_attention(qkv, case.kv, out, *arguments)
+    assert relative_error(out, expected) < 2 * NARROW_TOLERANCE  # part of it was bf16 before
+
+
+def test_what_is_too_large_for_8_bits_is_cut_off() -> None:
+    """And what is too small is zero; neither is NaN."""
+    case = narrowed(make(8, 2, 32, False))
+    qkv = torch.zeros(1, 12 * 32).to(DEVICE, torch.bfloat16)
+    qkv[0, -64:-32], qkv[0, -32:] = 1e6, -1e-9
+    ids = case.place(0, 0, 1)
+    out = attend_decode(case, qkv, [0], [0])
+    stored, scales = case.kv[1, ids[0], :, 0].float(), case.scales
+    assert scales is not None
+    assert stored[0].tolist() == [LARGEST] * 32
+    assert stored[1].tolist() == [0.0] * 32
+    assert out[0, 0].float() == LARGEST * scales[1, 0]
+
+
+def test_scales_are_powers_of_two_that_leave_room_for_the_largest() -> None:
+    largest = torch.tensor([0.0, 1e-3, 100.0, 448.0, 449.0, 1e5])
+    scales = power_scales(largest)
+    assert scales[0] == 1
+    assert torch.equal(torch.frexp(scales)[0], torch.full((6,), 0.5))
+    assert (largest / scales <= LARGEST).all()
+    assert (largest[1:] / scales[1:] >= LARGEST / 2).all()
