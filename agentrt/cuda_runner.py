@@ -177,13 +177,15 @@ class CudaRunner:
         if not self.ops.cudnn or PREFIX_TOKENS % block_tokens:
             return
         geometry = self.model.geometry
-        query = self.kv.new_zeros(geometry.num_kv_heads, rows, self._group, geometry.head_dim)
+        shape = (geometry.num_kv_heads, rows, self._group, geometry.head_dim)
+        query = self.model.embedding.new_zeros(shape)
+        scales = None if self.ops.kv_scales is None else self.ops.kv_scales[0]
         most_tokens = min(self.config.max_context_tokens, self.config.num_blocks * block_tokens)
         for num_tokens in lengths_to_plan(*self._head_shape, rows, most_tokens):
             table = torch.arange(
                 num_tokens // block_tokens, dtype=torch.int32, device=self.kv.device
             )
-            attend_prefix(query, rows, self.kv[0], table)
+            attend_prefix(query, rows, self.kv[0], table, scales)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:

@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "deterministic": {"deterministic": True},
     "fp8": {"weights": "fp8"},
+    "fp8 kv": {"kv_dtype": "fp8"},
     "persistent": {"decode_launch": "persistent"},
 }
 PROMPTS = 8

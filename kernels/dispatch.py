@@ -68,6 +68,7 @@ def choose_compute(
     cache_dir: Path,
     long_prefill: str = "auto",
     decode_launch: str = "graph",
+    kv_dtype: str = "auto",
 ) -> Compute:
     """Resolve the "auto" settings on this machine. `cache_dir` keeps what is compiled for it.
 
@@ -77,7 +78,11 @@ def choose_compute(
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         if decode_launch == "persistent":
             _check_persistent(dtype, weights, deterministic)
-        return _choose_cuda(dtype, weights, deterministic, long_prefill, decode_launch)
+        if kv_dtype == "fp8":
+            _check_narrow_kv(dtype, deterministic, decode_launch)
+        return _choose_cuda(dtype, weights, deterministic, long_prefill, decode_launch, kv_dtype)
+    if kv_dtype == "fp8":
+        raise ConfigError("kv_dtype='fp8' is not available on the CPU: leave it at 'auto'")
     if decode_launch != "graph":
         raise ConfigError(
             f"decode_launch={decode_launch!r} is a way to launch on CUDA: leave it at 'graph'"
@@ -153,12 +158,24 @@ def _check_persistent(dtype: str, weights: str, deterministic: bool) -> None:
             )
 
 
+def _check_narrow_kv(dtype: str, deterministic: bool, decode_launch: str) -> None:
+    """Raise ConfigError on what reads no keys and values of 8 bits."""
+    for is_wrong, name in (
+        (dtype == "float32", "dtype='float32', which runs on plain torch"),
+        (deterministic, "deterministic=True, which has attention kernels of its own"),
+        (decode_launch == "persistent", "decode_launch='persistent'"),
+    ):
+        if is_wrong:
+            raise ConfigError(f"kv_dtype='fp8' cannot be had with {name}: leave one of them out")
+
+
 def _choose_cuda(
     dtype: str,
     weights: str,
     deterministic: bool,
     long_prefill: str,
     decode_launch: str = "graph",
+    kv_dtype: str = "auto",
 ) -> Compute:
     if not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no CUDA device: use device='cpu'")
@@ -185,6 +202,8 @@ def _choose_cuda(
     triton_ops = CudaOps(device, fp8=is_fp8, deterministic=deterministic, cudnn=cudnn)
     name = "fp8" if is_fp8 else "bfloat16"
     note = "deterministic" if deterministic else ""
+    if kv_dtype == "fp8":  # `models.load` finds the scales, once the weights are there
+        note = "keys and values in fp8"
     if decode_launch == "persistent":
         note = "a single row's step in one launch, more rows in graphs"
     return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name, note=note)

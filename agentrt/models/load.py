@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from agentrt.config import EngineConfig
-from agentrt.errors import ModelNotFound, WeightsInvalid
+from agentrt.errors import ConfigError, ModelNotFound, WeightsInvalid
 from agentrt.kernels.dispatch import Compute, choose_compute
+from agentrt.kernels.kv_layout import PlainLayout
 from agentrt.models.base import ModelSpec, read_spec
+from agentrt.models.kv_scales import digest_of, largest_kv
 from agentrt.models.llama import LlamaModel, expected_shapes
 from agentrt.weights import load_tensors, open_checkpoint
 
@@ -33,10 +35,18 @@ class LoadedModel:
 def load_model(path: Path, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Load and pack the weights, tensor by tensor. Blocks for seconds: call it in a thread.
 
-    Raises ModelUnsupported or WeightsInvalid, naming what is wrong.
+    Raises ModelUnsupported, WeightsInvalid or ConfigError, naming what is wrong.
     """
-    if config.random_weights:
-        return _random_model(path, config)
+    if config.kv_dtype == "fp8" and config.disk_kv_dtype == "int8":
+        raise ConfigError(
+            "disk_kv_dtype='int8' would pack what kv_dtype='fp8' keeps in 8 bits already: leave it "
+            "at 'same'"
+        )
+    loaded = _random_model(path, config) if config.random_weights else _load(path, config, progress)
+    return narrow_kv(loaded) if config.kv_dtype == "fp8" else loaded
+
+
+def _load(path: Path, config: EngineConfig, progress: Progress | None) -> LoadedModel:
     with open_checkpoint(path) as checkpoint:
         spec = read_spec(checkpoint.config)
         compute = _compute(config, checkpoint.is_quantised)
@@ -44,6 +54,20 @@ def load_model(path: Path, config: EngineConfig, progress: Progress | None = Non
         on_device = ((name, tensor.to(compute.device)) for name, tensor in tensors)
         model = _build(spec, compute, config, on_device)
         return LoadedModel(model, compute, checkpoint.digest)
+
+
+def narrow_kv(loaded: LoadedModel) -> LoadedModel:
+    """The same model with a KV pool of 8 bits."""
+    from agentrt.kernels.cuda import CudaOps  # loads Triton, which the CPU path does without
+    from agentrt.kernels.narrow import KV_DTYPE, power_scales
+
+    compute = loaded.compute
+    assert isinstance(compute.ops, CudaOps)
+    scales = power_scales(largest_kv(loaded.model, compute.dtype))
+    ops = evolve(compute.ops, kv_scales=scales)
+    layout = PlainLayout(f"plain, scales {digest_of(scales)}")
+    compute = evolve(compute, ops=ops, dtype=KV_DTYPE, kv_layout=layout)
+    return evolve(loaded, model=evolve(loaded.model, ops=ops), compute=compute)
 
 
 def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
@@ -56,6 +80,7 @@ def _compute(config: EngineConfig, is_quantised: bool) -> Compute:
         cache_dir=config.cache_dir,
         long_prefill=config.long_prefill,
         decode_launch=config.decode_launch,
+        kv_dtype=config.kv_dtype,
     )
 
 
