@@ -70,10 +70,10 @@ class Case:
         with torch.inference_mode():
             return self.theirs(self.tokens[None]).logits[0].float()
 
-    def ours(self, dtype: torch.dtype) -> LlamaModel:
+    def ours(self, dtype: torch.dtype, *, fp8: bool = False) -> LlamaModel:
         spec = read_spec(json.loads(self.theirs.config.to_json_string()))
         weights = dict(self.theirs.named_parameters())
-        ops = ReferenceOps(DEVICE) if dtype == torch.float32 else CudaOps(DEVICE)
+        ops = ReferenceOps(DEVICE) if dtype == torch.float32 else CudaOps(DEVICE, fp8=fp8)
         tensors = ((name, weights[name].data.to(dtype)) for name in expected_shapes(spec))
         with torch.inference_mode():
             return LlamaModel.build(spec, ops, tensors, CONTEXT)
