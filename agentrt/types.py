@@ -84,9 +84,9 @@ class GenerateOptions:
     batch; without it a fresh seed is drawn. `top_k=0`, `top_p=1` and `min_p=0` switch those filters
     off. `top_logprobs` asks for the log-probability of each output token and of that many best ones
     (0: the output token alone; None: none). `n` samples share one prompt. `grammar` constrains the
-    output (see `agentrt.grammar`); with `end_in_time` its text is complete within `max_tokens`, where
-    that is possible: before they run out it is closed the shortest way, whatever the model would
-    write, and the reason is "length" all the same.
+    output (see `agentrt.grammar`); with `end_in_time` its text is complete within `max_tokens`,
+    where that is possible: before they run out it is closed the shortest way, whatever the model
+    would write, and the reason is "length" all the same.
 
     Raises RequestInvalid, naming the field, on a value out of range.
     """
