@@ -64,6 +64,7 @@ def test_equals_transformers(folder: Path) -> None:
         assert relative_error(logits[: len(expected)], expected[: len(logits)]) < 0.05
 
 
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 def test_fp8_weights_are_near(folder: Path) -> None:
     expected = reference_logits(folder)
     logits = logits_of(triton_model(folder, fp8=True), [148, 1, 1])
