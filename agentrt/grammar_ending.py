@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 _CLOSERS = frozenset("\"'}])>\n ")
 _SEPARATORS = frozenset(",: ")
+_SHORT_TOKENS = 48  # of most ways
 
 
 def closing_order(backend: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
     """All tokens, those first that are likely to bring a text to its end: what closes, the longest
-    first; what separates; then the shortest."""
+    first; what separates; then the shortest. The second row has what begins with a quote before the
+    rest: a text of the first may go on within a string for ever, one of the second may open one
+    object after the other.
+
+    Returns [2, tokens].
+    """
     import numpy as np
 
     def rank(token: int) -> tuple[int, int]:
@@ -27,16 +33,33 @@ def closing_order(backend: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
             return (0, -len(text))
         return (1 if text and set(text) <= _SEPARATORS else 2, len(text))
 
+    def quotes_first(token: int) -> tuple[bool, int, int]:
+        kind, length = rank(token)
+        return (kind > 0 or texts[token][0] != '"', kind, length)
+
     num_tokens = min(vocab_size, backend.get_vocab_size())
     texts = [backend.decode([token], skip_special_tokens=False) for token in range(num_tokens)]
-    return np.array(sorted(range(num_tokens), key=rank), dtype=np.int32)
+    orders = [sorted(range(num_tokens), key=key) for key in (rank, quotes_first)]
+    return np.array(orders, dtype=np.int32)
 
 
 def way_to_end(
-    matcher: LLMatcher, order: NDArray[np.int32], num_words: int, most_tokens: int
+    matcher: LLMatcher, orders: NDArray[np.int32], num_words: int, most_tokens: int
 ) -> list[int] | None:
     """Tokens that complete the text from here, as few as is easily found; None where that takes
-    more than `most_tokens`."""
+    more than `most_tokens`. `orders` are those of `closing_order`: a short way by any of them is
+    looked for first."""
+    for limit in sorted({min(_SHORT_TOKENS, most_tokens), most_tokens}):
+        for order in orders:
+            way = _way_by(matcher, order, num_words, limit)
+            if way is not None:
+                return way
+    return None
+
+
+def _way_by(
+    matcher: LLMatcher, order: NDArray[np.int32], num_words: int, most_tokens: int
+) -> list[int] | None:
     import numpy as np
 
     matcher, way = matcher.deep_copy(), list[int]()
@@ -63,7 +86,7 @@ class Ending:
     """
 
     max_tokens: int
-    order: NDArray[np.int32] = field(repr=False)
+    orders: NDArray[np.int32] = field(repr=False)  # [2, tokens], see `closing_order`
     eos_token_id: int
     way: list[int] | None = None
     is_near: bool = False
@@ -71,7 +94,7 @@ class Ending:
 
     def begin(self, matcher: LLMatcher, num_words: int) -> None:
         """Find the way from a text's first token."""
-        self.way = way_to_end(matcher, self.order, num_words, self.max_tokens)
+        self.way = way_to_end(matcher, self.orders, num_words, self.max_tokens)
         self.is_lost = self.way is None
 
     def token(self, matcher: LLMatcher, token_id: int, num_left: int, num_words: int) -> int:
@@ -103,7 +126,7 @@ class Ending:
         # mostly a text goes on, and what closes it is what closed it before
         if len(self.way) <= num_left and _completes(behind, self.way):
             return self.way
-        return way_to_end(behind, self.order, num_words, num_left)
+        return way_to_end(behind, self.orders, num_words, num_left)
 
 
 def _completes(matcher: LLMatcher, way: list[int]) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from agentrt import GenerateOptions
 from agentrt.grammar import Constraint, json_schema, regex
 from agentrt.grammar_calls import TurnShape, tool_calls
+from agentrt.grammar_ending import Ending
 from agentrt.parsers import TurnParser, parse_turn
 from agentrt.parsers_families import HERMES
 from agentrt.tool_arguments import bind
@@ -78,6 +79,19 @@ def test_every_value_is_whole(compiler, tokenizer, sized: Any, seed: int, more: 
     is_same = walk(longer, tokenizer, seed, max_tokens) == tokens
     assert not longer.is_cut_short
     assert is_same or constraint.is_cut_short
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_way_that_stays_within_a_string_is_not_the_only_one(compiler, tokenizer, seed) -> None:
+    """SmolLM2's longest token of brackets alone may always follow within a string."""
+    schema = {"type": "object", "required": ["key"]}
+    constraint = compiler.compile(json_schema(schema))
+    (bracket,) = tokenizer.encode(")")
+    orders = compiler._closing_order.copy()
+    orders[0] = [bracket, *orders[0][orders[0] != bracket]]
+    constraint.end_within(Ending(60, orders, min(tokenizer.eos_token_ids)))
+    tokens = walk(constraint, tokenizer, seed, 60)
+    jsonschema.validate(json.loads(tokenizer.decode(tokens)), schema)
 
 
 @settings(max_examples=100, deadline=None)
