@@ -138,9 +138,9 @@ class DecodeGraphs:
                 "on the device: keep other work off it, or use decode_launch='graph'"
             )
 
-    @staticmethod
-    def _differs_if_long(bucket: int) -> bool:
-        return bucket > FEW_ROWS
+    def _differs_if_long(self, bucket: int) -> bool:
+        """Whether `plan_decode` gives another step: never where the sums have one order."""
+        return bucket > FEW_ROWS and not self.ops.deterministic
 
     def compute(self, bucket: int, *, is_long: bool = False) -> Tensor:
         """The step itself: what a graph holds, and what runs without one."""
