@@ -40,6 +40,17 @@ PRODUCTS = (
 )
 
 
+def usage_of(made):
+    """Registers, stack and local bytes of a thread of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [DUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    return dict(zip(("registers", "stack", "local"), map(int, numbers), strict=True))
+
+
 def compiled(kernel, constants, types=None, **options):
     names, kinds = kernel.arg_names, TYPES | (types or {})
     signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
@@ -50,15 +61,8 @@ def compiled(kernel, constants, types=None, **options):
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [DUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     return {
-        "stack": int(stack),
-        "local": int(local),
+        **usage_of(made),
         "shared": made.metadata.shared,
         "ptx": made.asm["ptx"],
         "layouts": sorted(set(re.findall(r"#ttg.nvidia_mma<{[^}]*}>", made.asm["ttgir"]))),

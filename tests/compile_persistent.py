@@ -1,15 +1,12 @@
 """Compiles the persistent step for sm_90 and prints it: run by test_triton_persistent."""
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 
 import attrs
 import torch
 import triton
-from compile_kernels import DUMP
+from compile_kernels import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,16 +83,8 @@ def persistent(shape):
     )
     options = {"num_warps": NUM_WARPS, "launch_cooperative_grid": True}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [DUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     return {
-        "registers": int(registers),
-        "stack": int(stack),
-        "local": int(local),
+        **usage_of(made),
         "shared": made.metadata.shared,
         "tiles": {n: v for n, v in given.items() if n.endswith(("_R", "_BK"))},
         "ptx": made.asm["ptx"],
