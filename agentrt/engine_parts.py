@@ -15,6 +15,7 @@ from agentrt.cache.disk import DiskTier
 from agentrt.cache.host import SLAB_BYTES
 from agentrt.cache.keys import Fingerprint, chunk_key, root_key
 from agentrt.cache.node import TokenArray
+from agentrt.cache.tier import Gate
 from agentrt.chat import Chat
 from agentrt.config import EngineConfig, ResolvedConfig
 from agentrt.engine_tiers import (
@@ -136,15 +137,17 @@ def open_parts(
     resolved = _resolve(config, loaded)
     runner = _runner(loaded, resolved)
     fingerprint = fingerprint_of(config, loaded, resolved.kv_token_bytes)
+    precedence = Precedence()
     loop, tiers = build_loop(
         config,
         resolved,
         fingerprint,
         runner,
         poster(event_loop),
+        precedence,
         device=loaded.compute.device.type,
         packing=disk_packing(config, loaded),
-        **_tiers_memory(loaded.compute.device.type, resolved),
+        **_tiers_memory(loaded.compute.device.type, resolved, precedence),
     )
     chat = _chat(path, loaded.model.spec, config)
     report("starting")(1, 1)
@@ -167,6 +170,7 @@ def build_loop(
     fingerprint: Fingerprint,
     runner: Runner,
     post: Callable[[list[tuple[Sink, Any]]], None],
+    precedence: Precedence,
     **tiers_options: Any,
 ) -> tuple[Loop, OpenTiers]:
     """The step loop above every tier, and the tiers.
@@ -175,7 +179,6 @@ def build_loop(
     """
     is_lru = config.eviction == "lru"
     cache = PrefixCache(resolved.num_blocks, resolved.block_tokens, LRU if is_lru else None)
-    precedence = Precedence()
     # On a CPU copies and steps are long calls that leave the interpreter to others.
     gate = precedence if tiers_options["device"] == "cuda" else None
     tiers = open_tiers(config, resolved, fingerprint, cache, gate=gate, **tiers_options)
@@ -195,14 +198,15 @@ def build_loop(
     return loop, tiers
 
 
-def _tiers_memory(device: str, resolved: ResolvedConfig) -> dict[str, Any]:
+def _tiers_memory(device: str, resolved: ResolvedConfig, gate: Gate) -> dict[str, Any]:
     """Page-locked memory for the host tier of a GPU."""
     if device != "cuda":
         return {}
     from agentrt.transfer_cuda import PinnedSlabs
 
     slot_bytes = CHUNK_TOKENS * resolved.kv_token_bytes
-    slabs = PinnedSlabs(max(1, SLAB_BYTES // slot_bytes) * slot_bytes, resolved.host_kv_bytes)
+    slab_bytes = max(1, SLAB_BYTES // slot_bytes) * slot_bytes
+    slabs = PinnedSlabs(slab_bytes, resolved.host_kv_bytes, gate)
     slabs.make_ahead()
     return {"allocate": slabs.allocate}
 

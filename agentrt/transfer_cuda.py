@@ -15,12 +15,15 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from agentrt.cache.tier import Gate
 from agentrt.mover import Part
 
 # Of 64 MiB. While slabs are made beside them, prefill steps are launched late: a prompt of 32,768
 # tokens (1B shape) took 538 ms on an H100 with 64 ready, and 298 with 300. So most are made at the
-# start, when a model is loaded and compiled.
+# start, when a model is loaded and compiled, and the others while no first token is awaited, unless
+# few are left.
 READY_SLABS = 256
+FEW_SLABS = 32
 NUM_MAKERS = 4  # touching pages is what takes the time, and the system does it side by side
 
 
@@ -60,10 +63,12 @@ class PinnedSlabs:
     thread, which asks for them, would wait 20 ms for each.
 
     Owns the slabs that nobody has asked for yet; there are never more than `most_bytes` of all.
+    With a `gate`, each waits there before it is begun, as long as more than FEW_SLABS are ready.
     """
 
     slab_bytes: int
     most_bytes: int
+    gate: Gate | None = None
     _ready: deque[Any] = field(factory=deque, init=False)
     _num_made: int = field(default=0, init=False)  # or begun
     _num_begun: int = field(default=0, init=False)  # by makers, and not ready yet
@@ -83,6 +88,8 @@ class PinnedSlabs:
             is_low = len(self._ready) < READY_SLABS // 2
         if is_low:
             self._begin_making()
+            if self.gate is not None:
+                self.gate.look_again()
         return allocate_pinned(num_bytes) if slab is None else slab
 
     def make_ahead(self) -> None:
@@ -104,7 +111,11 @@ class PinnedSlabs:
 
     def _make(self, device: int) -> None:
         torch.cuda.set_device(device)
-        while self._begin():
+        while self._wants_more():
+            if self.gate is not None:
+                self.gate.pass_(self.gate.clock(), self._is_urgent)
+            if not self._begin():  # another maker has
+                return
             try:
                 slab = allocate_pinned(self.slab_bytes)
             except MemoryError:  # whoever asks next gets the error
@@ -118,11 +129,18 @@ class PinnedSlabs:
                 self._ready.append(slab)
                 self._changed.notify_all()
 
+    def _is_urgent(self) -> bool:
+        """Whether a maker must not be held back. Reads a single value, and needs no lock."""
+        return len(self._ready) < FEW_SLABS
+
+    def _wants_more(self) -> bool:
+        has_room = (self._num_made + 1) * self.slab_bytes <= self.most_bytes
+        return has_room and len(self._ready) + self._num_begun < READY_SLABS
+
     def _begin(self) -> bool:
         """Whether one more is wanted, which is then counted as made."""
         with self._changed:
-            has_room = (self._num_made + 1) * self.slab_bytes <= self.most_bytes
-            if not has_room or len(self._ready) + self._num_begun >= READY_SLABS:
+            if not self._wants_more():
                 return False
             self._num_made += 1
             self._num_begun += 1

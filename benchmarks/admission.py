@@ -127,7 +127,13 @@ class NullEngine(Engine):
         )
         self.runner = NullRunner(resolved.num_blocks)
         loop, tiers = build_loop(
-            self.config, resolved, fingerprint, self.runner, poster(event_loop), device="cuda"
+            self.config,
+            resolved,
+            fingerprint,
+            self.runner,
+            poster(event_loop),
+            Precedence(),
+            device="cuda",
         )
         self.wrap(loop)
         return EngineParts(

@@ -22,6 +22,7 @@ from agentrt.engine_parts import build_loop
 from agentrt.loop import Loop
 from agentrt.mover import Demotion, Job
 from agentrt.output import OutputText
+from agentrt.precedence import Precedence
 from agentrt.request import Request
 from agentrt.scheduler import Plan, Work
 
@@ -89,7 +90,13 @@ class VirtualEngine:
             token_bytes=KV_TOKEN_BYTES,
         )
         self.loop, _ = build_loop(
-            self.config, resolved, fingerprint, self, self._events.extend, device="cpu"
+            self.config,
+            resolved,
+            fingerprint,
+            self,
+            self._events.extend,
+            Precedence(),
+            device="cpu",
         )
         self.loop.clock = lambda: self.now
         if self.loop.transfers is not None:

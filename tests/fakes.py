@@ -24,6 +24,7 @@ from agentrt.grammar_masks import MaskThread
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.output import OutputText
 from agentrt.poster import poster
+from agentrt.precedence import Precedence
 from agentrt.request import PENDING, Request
 from agentrt.runner import Computed, begin_masks, collect_computed
 from agentrt.sampler import Sampled, is_plain
@@ -280,6 +281,7 @@ class FakeEngine(Engine):
             fingerprint,
             self.runner,
             poster(event_loop),
+            Precedence(),
             device="cpu",
             chunk_tokens=CHUNK_TOKENS,
         )

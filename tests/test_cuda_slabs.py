@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from agentrt import transfer_cuda
-from agentrt.transfer_cuda import READY_SLABS, PinnedSlabs
+from agentrt.precedence import Precedence
+from agentrt.transfer_cuda import FEW_SLABS, READY_SLABS, PinnedSlabs
 
 SLAB = 1000
 
@@ -44,6 +45,22 @@ def test_slabs_are_ready_before_they_are_asked_for(made: list[str]) -> None:
     assert len({id(slab) for slab in taken}) == len(taken)
     assert len(slabs._ready) == READY_SLABS
     assert threading.current_thread().name not in made
+
+
+def test_makers_wait_at_the_gate_until_few_slabs_are_left(made: list[str]) -> None:
+    gate = Precedence(most_held_s=60.0)
+    slabs = PinnedSlabs(SLAB, 1000 * SLAB, gate)
+    slabs.make_ahead()
+    gate.work()
+    kept = READY_SLABS - FEW_SLABS
+    taken = [slabs.allocate(SLAB) for _ in range(kept)]
+    assert any(maker.is_alive() for maker in slabs._makers)
+    assert len(made) == READY_SLABS
+    taken += [slabs.allocate(SLAB) for _ in range(FEW_SLABS)]  # few are left: they hurry
+    assert len({id(slab) for slab in taken}) == READY_SLABS
+    gate.rest(is_awaited=False)
+    wait(slabs)
+    assert len(slabs._ready) == READY_SLABS
 
 
 def test_all_slabs_together_stay_within_the_budget(made: list[str]) -> None:
