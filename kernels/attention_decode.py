@@ -18,49 +18,16 @@ import triton.language as tl
 from attrs import evolve, frozen
 from torch import Tensor
 
-from agentrt.kernels.attention_shares import attend_tile, merge_shares, store_share
-from agentrt.kernels.dependent import arrive, start_next, wait_previous
+from agentrt.kernels.attention_unit import attend_unit, locate
+from agentrt.kernels.dependent import start_next, wait_previous
 from agentrt.kernels.gemv import launch_options
-from agentrt.kernels.narrow import half_query, load_scales, narrowed
-from agentrt.kernels.narrow_decode import as_pairs, attend_pairs
+from agentrt.kernels.narrow import load_scales
+from agentrt.kernels.narrow_decode import as_pairs
 from agentrt.kernels.paged import load_tile
-from agentrt.kernels.rotary import angles_at, load_heads, rotate
+from agentrt.kernels.rotary import angles_at
 
 FEW_ROWS = 4  # up to so many, what counts is that a program starts early, and not its bandwidth
 MAX_BATCH = 64  # with more rows another kernel is compiled
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _locate(
-    unit,
-    slots,
-    positions,
-    starts,
-    batch,
-    capacity,
-    KV_HEADS: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """Of a unit: its row, which of the row's units it is and how many these are (none if there is
-    no such unit), the tiles of a unit, the row's position and slot. All that is loaded is loaded
-    at once: a load that waits for another would take half a microsecond more."""
-    index = tl.arange(0, BP)
-    there = index < batch
-    firsts = tl.load(starts + index, mask=there, other=0, cache_modifier=".cg")
-    ends = tl.load(starts + 1 + index, mask=there, other=0, cache_modifier=".cg")
-    all_positions = tl.load(positions + index, mask=there, other=0, cache_modifier=".cg")
-    all_slots = tl.load(slots + index, mask=there, other=0, cache_modifier=".cg")
-    tiles_each = tl.maximum((tl.max(ends, 0) * KV_HEADS + capacity - 1) // capacity, 1)
-    units = (ends - firsts + tiles_each - 1) // tiles_each
-    until = tl.cumsum(units, 0)
-    row = tl.sum((until <= unit).to(tl.int32), 0)
-    here = index == row
-    num_units = tl.sum(tl.where(here, units, 0), 0)
-    part = unit - tl.sum(tl.where(here, until - units, 0), 0)
-    position = tl.sum(tl.where(here, all_positions, 0), 0)
-    slot = tl.sum(tl.where(here, all_slots, 0), 0)
-    return row, part, num_units, tiles_each, position, slot
 
 
 # Batches and their offsets within a step's arrays vary: one compiled kernel serves them all.
@@ -103,7 +70,6 @@ def decode_attention_kernel(
     PDL: tl.constexpr,
 ):
     G: tl.constexpr = HEADS // KV_HEADS
-    M: tl.constexpr = 16 if GP < 16 else GP
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     NARROW: tl.constexpr = key_cache.dtype.element_ty == tl.float8e4nv
     W: tl.constexpr = D // 2 if NARROW else D  # of a row that is read
@@ -111,7 +77,7 @@ def decode_attention_kernel(
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
     # All that the host has sent is read before the wait, and the first keys and values are.
-    row, part, num_units, tiles_each, position, slot = _locate(
+    row, part, num_units, tiles_each, position, slot = locate(
         program // KV_HEADS, slots, positions, starts, batch, capacity, KV_HEADS, BP
     )
     if num_units == 0:  # room for the next kernel; but one program has to wait in any case
@@ -130,127 +96,48 @@ def decode_attention_kernel(
         value_reads, table, start, end, kv_head, KV_HEADS, BLOCK_TOKENS, W, TILE, True
     )
     own_block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
+    key_scale, value_scale = eps, eps
     if NARROW:
         key_scale, value_scale = load_scales(scales, kv_head, KV_HEADS)
         scale *= key_scale
     wait_previous(PDL)
-    group = tl.arange(0, M)
-    columns = tl.arange(0, D)
-    tokens = tl.arange(0, TILE)
-    one = tl.arange(0, 1)
-    has_own = part == num_units - 1
-    line = qkv + row.to(tl.int64) * WIDTH
-    # All loads of what the kernel before has made at once: each takes most of a microsecond.
-    query_values, query_turned = load_heads(line + (kv_head * G + group) * D, group < G, D)
-    key_at = line + (HEADS + kv_head) * D + one
-    own_values, own_turned = load_heads(key_at, (one == 0) & has_own, D)
-    own_value = tl.load(key_at + KV_HEADS * D + columns, mask=(columns >= 0) & has_own, other=0.0)
-    query = rotate(query_values, query_turned, query_norm, cosines, sines, eps, D, NORM).to(
-        qkv.dtype.element_ty
+    attend_unit(
+        keys,
+        values,
+        qkv + row.to(tl.int64) * WIDTH,
+        key_cache,
+        value_cache,
+        out + (row.to(tl.int64) * HEADS + kv_head * G) * D,
+        table,
+        own_block,
+        position,
+        start,
+        end,
+        kv_head,
+        part,
+        num_units,
+        query_norm,
+        key_norm,
+        cosines,
+        sines,
+        partial,
+        peaks,
+        counters + row * KV_HEADS + kv_head,
+        program,
+        key_scale,
+        value_scale,
+        eps,
+        scale,
+        HEADS,
+        KV_HEADS,
+        D,
+        BLOCK_TOKENS,
+        TILE,
+        STAGES,
+        NORM,
+        GP,
+        THREADS,
     )
-    largest = tl.full([M], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D], tl.float32)
-    if NARROW:
-        query = half_query(query)
-        largest, weight_sum, acc = attend_pairs(
-            query,
-            keys,
-            values,
-            key_reads,
-            value_reads,
-            table,
-            start,
-            end,
-            kv_head,
-            scale,
-            KV_HEADS,
-            BLOCK_TOKENS,
-            D,
-            M,
-            TILE,
-            STAGES,
-        )
-    elif STAGES == 1:
-        for at in tl.range(start, end, TILE, num_stages=1):
-            # The next tile comes into registers while this one is worked on.
-            next_keys = load_tile(
-                key_cache, table, at + TILE, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
-            )
-            next_values = load_tile(
-                value_cache, table, at + TILE, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE, True
-            )
-            largest, weight_sum, acc = attend_tile(
-                query,
-                keys,
-                values,
-                at + tokens < end,
-                largest,
-                weight_sum,
-                acc,
-                scale,
-                M,
-                TILE,
-            )
-            keys, values = next_keys, next_values
-    else:
-        largest, weight_sum, acc = attend_tile(
-            query,
-            keys,
-            values,
-            start + tokens < end,
-            largest,
-            weight_sum,
-            acc,
-            scale,
-            M,
-            TILE,
-        )
-        for at in tl.range(start + TILE, end, TILE, num_stages=STAGES):
-            largest, weight_sum, acc = attend_tile(
-                query,
-                load_tile(key_cache, table, at, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE),
-                load_tile(value_cache, table, at, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE),
-                at + tokens < end,
-                largest,
-                weight_sum,
-                acc,
-                scale,
-                M,
-                TILE,
-            )
-    if has_own:
-        key = rotate(own_values, own_turned, key_norm, cosines, sines, eps, D, NORM)
-        value = own_value
-        if NARROW:  # what later tokens will read
-            key, value = narrowed(key, key_scale), narrowed(value, value_scale)
-        key = key.to(key_cache.dtype.element_ty)
-        value = value.to(value_cache.dtype.element_ty)
-        cell = (own_block * KV_HEADS + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS
-        tl.store(key_cache + cell * D + one[:, None] * 0 + columns[None, :], key)
-        tl.store(value_cache + cell * D + columns, value)
-        score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * _LOG2_E)
-        peak = tl.maximum(largest, score)
-        shrink = tl.exp2(largest - peak)
-        weight = tl.exp2(score - peak)
-        weight_sum = weight_sum * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-        largest = peak
-    if NARROW:
-        acc *= value_scale
-    target = out + (row.to(tl.int64) * HEADS + kv_head * G) * D
-    if num_units == 1:
-        result = acc / weight_sum[:, None]
-        tl.store(
-            target + group[:, None] * D + columns[None, :],
-            result.to(out.dtype.element_ty),
-            mask=(group < G)[:, None],
-        )
-    else:
-        store_share(partial, peaks, program, acc, largest, weight_sum, M, D, GP)
-        if arrive(counters + row * KV_HEADS + kv_head, num_units):
-            first = program - part * KV_HEADS
-            merge_shares(target, partial, peaks, first, num_units, KV_HEADS, D, G, GP, THREADS)
 
 
 @frozen
