@@ -20,8 +20,9 @@ import triton.language as tl
 from attrs import field, frozen
 from torch import Tensor
 
-from agentrt.kernels.dependent import arrive, dot, prefetch, start_next, wait_previous
-from agentrt.kernels.gemv import ADD, GATE_UP, STORE, launch_options
+from agentrt.kernels.dependent import start_next, wait_previous
+from agentrt.kernels.gemv import GATE_UP, STORE, launch_options
+from agentrt.kernels.skinny_item import prefetch_item, skinny_item
 
 TILE_ROWS = 64
 MAX_ROWS = 64  # of the batch
@@ -29,23 +30,6 @@ MAX_PROGRAMS = 400  # of a product whose K is split: what is best on an H100
 MIN_SPLIT_COLUMNS = 512
 MULTIPROCESSORS = 132
 LONG_COLUMNS = 4096
-
-_STORE = tl.constexpr(STORE)
-_ADD = tl.constexpr(ADD)
-_GATE_UP = tl.constexpr(GATE_UP)
-_THREADS = tl.constexpr(128)
-
-
-@triton.jit
-def load_squares(squares, rows, alive, PARTS: tl.constexpr, STRIDE: tl.constexpr):
-    """Of batch rows: the partial sums of squares [PARTS, STRIDE], padded to a power of two."""
-    P2: tl.constexpr = triton.next_power_of_2(PARTS)
-    parts = tl.arange(0, P2)
-    return tl.load(
-        squares + parts[:, None] * STRIDE + rows[None, :],
-        mask=(parts[:, None] < PARTS) & alive[None, :],
-        other=0.0,
-    )
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -78,170 +62,39 @@ def skinny_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    R: tl.constexpr = 64
-    MAX_BATCH: tl.constexpr = 64
-    KP: tl.constexpr = K // SPLITS
-    tile = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    lanes = tl.arange(0, R)
-    if KIND == _GATE_UP:  # 32 rows of the gate, then the same 32 of up
-        rows = tile * (R // 2) + lanes % (R // 2)
-        inside = tl.minimum(rows, N - 1) + lanes // (R // 2) * N
-    else:
-        rows = tile * R + lanes
-        inside = tl.minimum(rows, N - 1)
-    columns = tl.arange(0, BK)
-    batch_rows = tl.arange(0, BP)
-    alive = batch_rows < batch
-    row_starts = inside.to(tl.int64) * K + split * KP
+    item = tl.program_id(0)
     start_next(PDL)
     if PDL:
-        threads = tl.arange(0, _THREADS)
-        if KIND == _GATE_UP:
-            lane = threads % R
-            one = tl.minimum(tile * (R // 2) + lane % (R // 2), N - 1) + lane // (R // 2) * N
-        else:
-            one = tl.minimum(tile * R + threads % R, N - 1)
-        # No more than what the pipeline will ask for next: all programs' weights together would
-        # push one another out of the cache.
-        AHEAD: tl.constexpr = KP if KP < PREFETCH else PREFETCH
-        nbytes: tl.constexpr = AHEAD // 2 * (weight.dtype.element_ty.primitive_bitwidth // 8)
-        half = AHEAD // 2 * (threads // R)
-        prefetch(
-            weight + one.to(tl.int64) * K + split * KP + half,
-            tl.full([_THREADS], nbytes, tl.int32),
-            PDL,
-        )
+        prefetch_item(item, weight, N, K, SPLITS, PREFETCH, KIND)
     wait_previous(PDL)
-    # What the end needs is asked for before the loop, and looked at after it: a load that is waited
-    # for takes a microsecond (1.1 to 1.7 % of a step at batch 8, H100).
-    factor = tl.zeros([BP], tl.float32)
-    if NORM:
-        parts = load_squares(squares, batch_rows, alive, PARTS, MAX_BATCH)
-    residual = tl.zeros([R, BP], tl.float32)
-    if KIND == _ADD:
-        kept = (tile * R + lanes < N)[:, None] & alive[None, :]
-        cells = batch_rows[None, :] * N + tile * R + lanes[:, None]
-        residual = tl.load(out + cells, mask=kept, other=0.0).to(tl.float32)
-    pointers = weight + row_starts[:, None] + columns[None, :]
-    x_pointers = x + batch_rows[None, :] * K + split * KP + columns[:, None]
-    acc = tl.zeros([R, BP], tl.float32)
-    for k in tl.range(0, KP, BK, num_stages=STAGES):
-        if KP % BK == 0:
-            weights = tl.load(pointers + k, eviction_policy="evict_first")
-            values = tl.load(x_pointers + k, mask=alive[None, :], other=0.0)
-        else:
-            there = columns < KP - k
-            weights = tl.load(pointers + k, mask=there[None, :], other=0.0)
-            values = tl.load(x_pointers + k, mask=there[:, None] & alive[None, :], other=0.0)
-        acc = dot(weights.to(values.dtype), values, acc)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(parts, 0) / K + eps)
-    if SPLITS > 1:
-        cells = lanes[:, None] * BP + batch_rows[None, :]
-        tl.store(partial + (tile * SPLITS + split) * (R * BP) + cells, acc)
-        if arrive(counters + tile, SPLITS):
-            acc = tl.zeros([R, BP], tl.float32)
-            for other in tl.static_range(SPLITS):
-                start = partial + (tile * SPLITS + other) * (R * BP)
-                acc += tl.load(start + cells, cache_modifier=".cg")
-            _finish(
-                acc,
-                factor,
-                residual,
-                inside,
-                tile,
-                scales,
-                bias,
-                out,
-                next_norm,
-                next_scaled,
-                next_squares,
-                batch,
-                N,
-                BP,
-                KIND,
-                NORM,
-                NEXT,
-                SCALED,
-                BIAS,
-            )
-    else:
-        _finish(
-            acc,
-            factor,
-            residual,
-            inside,
-            tile,
-            scales,
-            bias,
-            out,
-            next_norm,
-            next_scaled,
-            next_squares,
-            batch,
-            N,
-            BP,
-            KIND,
-            NORM,
-            NEXT,
-            SCALED,
-            BIAS,
-        )
-
-
-@triton.jit
-def _finish(
-    acc,  # [R, BP], the sum over all of K
-    factor,  # [BP], of the norm
-    residual,  # [R, BP], what ADD adds to
-    inside,  # [R], rows of the weight
-    tile,
-    scales,
-    bias,
-    out,
-    next_norm,
-    next_scaled,
-    next_squares,
-    batch,
-    N: tl.constexpr,
-    BP: tl.constexpr,
-    KIND: tl.constexpr,
-    NORM: tl.constexpr,
-    NEXT: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """What becomes of a finished tile."""
-    R: tl.constexpr = 64
-    MAX_BATCH: tl.constexpr = 64
-    batch_rows = tl.arange(0, BP)
-    alive = batch_rows < batch
-    if SCALED:
-        acc *= tl.load(scales + inside)[:, None]
-    if NORM:
-        acc *= factor[None, :]
-    if BIAS:
-        acc += tl.load(bias + inside).to(tl.float32)[:, None]
-    if KIND == _GATE_UP:
-        pairs = tl.permute(tl.reshape(acc, [2, R // 2, BP]), [1, 2, 0])
-        gate, up = tl.split(pairs)
-        rows = tile * (R // 2) + tl.arange(0, R // 2)
-        result = gate * tl.sigmoid(gate) * up
-    else:
-        rows = tile * R + tl.arange(0, R)
-        result = acc
-    kept = (rows < N)[:, None] & alive[None, :]
-    cells = batch_rows[None, :] * N + rows[:, None]
-    if KIND == _ADD:
-        result += residual
-    tl.store(out + cells, result.to(out.dtype.element_ty), mask=kept)
-    if NEXT:
-        wide = tl.where(kept, result, 0.0)
-        tl.store(next_squares + tile * MAX_BATCH + batch_rows, tl.sum(wide * wide, 0))
-        norm = tl.load(next_norm + inside).to(tl.float32)
-        made = (wide * norm[:, None]).to(next_scaled.dtype.element_ty)
-        tl.store(next_scaled + cells, made, mask=kept)
+    skinny_item(
+        item,
+        weight,
+        scales,
+        bias,
+        x,
+        squares,
+        out,
+        next_norm,
+        next_scaled,
+        next_squares,
+        partial,
+        counters,
+        batch,
+        eps,
+        N,
+        K,
+        SPLITS,
+        BK,
+        BP,
+        STAGES,
+        KIND,
+        NORM,
+        PARTS,
+        NEXT,
+        SCALED,
+        BIAS,
+    )
 
 
 @frozen
