@@ -118,11 +118,11 @@ class Kernels:
             ) -> object:
                 weight = weights[index]
                 if name in ("output", "down"):
-                    return products.add_norm(hidden, given, weight, norm, None)
+                    return products.add_norm(hidden, given, weight, norm)
                 if name == "gate_up":
                     return products.gate_up(x, weight)
                 if name == "head":
-                    return products.logits(x, weight, None)
+                    return products.logits(x, weight)
                 return products.linear(x, weight)
 
             ms = chain_ms(launch, number)

@@ -75,16 +75,21 @@ class Step(Protocol):
         dim], append keys and values to the pool, and let each row attend to its own context.
         Returns [rows, heads * dim]; qkv may be overwritten."""
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
-    ) -> Normal:
-        """hidden += x W^T, in place, and its norm: of all rows, or of the output rows."""
+    def attend_outputs(
+        self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, hidden: Tensor
+    ) -> tuple[Step, Tensor, Tensor] | None:
+        """The same in the last layer, behind which only the output rows are read: the step that
+        goes on with them alone, their part of `hidden`, and what they attended to. None if there
+        are no such rows: keys and values were appended all the same."""
+
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor) -> Normal:
+        """hidden += x W^T, in place, and its norm."""
 
     def gate_up(self, x: Normal, linear: Linear) -> Tensor:
         """silu(gate) * up, where the matrix holds gate's rows and then up's (Shazeer 2020)."""
 
     def logits(self, x: Normal, linear: Linear) -> Tensor:
-        """The output rows' logits [outputs, vocab], float32."""
+        """The rows' logits [rows, vocab], float32."""
 
 
 class Ops(Protocol):

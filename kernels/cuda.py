@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 import triton
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from agentrt.errors import ConfigError
@@ -104,8 +104,9 @@ class CudaStep:
     geometry: Geometry
     products: Products
     attention: Attention
-    outputs: Tensor | None  # the output rows; None for all
     scales: Tensor | None = None  # [layers, 2, kv_heads], of a pool of 8 bits
+    outputs: Tensor | None = None  # the output rows; None for all
+    output_products: Products | None = None  # of those alone
 
     def embed(self, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]:
         return self.products.embed(self.rows, table, norm)
@@ -117,20 +118,29 @@ class CudaStep:
         scales = None if self.scales is None else self.scales[layer]
         return self.attention.attend(qkv, self.kv[layer], self.geometry, norms, scales)
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
-    ) -> Normal:
-        outputs = self.outputs if outputs_only else None
-        return self.products.add_norm(hidden, x, cast(CudaLinear, linear), norm, outputs)
+    def attend_outputs(
+        self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, hidden: Tensor
+    ) -> tuple[CudaStep, Tensor, Tensor] | None:
+        outputs = self.outputs
+        if outputs is None:
+            return self, hidden, self.attend(layer, qkv, norms)
+        if not outputs.numel():
+            scales = None if self.scales is None else self.scales[layer]
+            self.attention.append(qkv, self.kv[layer], self.geometry, norms, scales)
+            return None
+        attended = self.attend(layer, qkv, norms)
+        assert self.output_products is not None
+        step = evolve(self, products=self.output_products, outputs=None)
+        return step, hidden.index_select(0, outputs), attended.index_select(0, outputs)
+
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor) -> Normal:
+        return self.products.add_norm(hidden, x, cast(CudaLinear, linear), norm)
 
     def gate_up(self, x: Normal, linear: Linear) -> Tensor:
         return self.products.gate_up(x, cast(CudaLinear, linear))
 
     def logits(self, x: Normal, linear: Linear) -> Tensor:
-        packed = cast(CudaLinear, linear)
-        if self.outputs is not None and not self.outputs.numel():
-            return torch.empty(0, packed.weight.shape[0], device=self.outputs.device)
-        return self.products.logits(x, packed, self.outputs)
+        return self.products.logits(x, cast(CudaLinear, linear))
 
 
 @frozen
@@ -253,8 +263,13 @@ class CudaOps:
             prefix_blocks=prefix_blocks,
             most_rows=most_rows,
         )
-        products = self.products(rows.token_ids.shape[0], geometry.norm_eps, scratch)
-        return CudaStep(rows, kv, geometry, products, attention, outputs, self.kv_scales)
+        products, of_outputs = (
+            self.products(len(each), geometry.norm_eps, scratch)
+            for each in (rows.token_ids, outputs)
+        )
+        return CudaStep(
+            rows, kv, geometry, products, attention, self.kv_scales, outputs, of_outputs
+        )
 
     def plan_decode(
         self,
@@ -281,7 +296,7 @@ class CudaOps:
             ordered=self._ordered_decode(scratch),
         )
         products = self.products(batch, geometry.norm_eps, scratch)
-        return CudaStep(rows, kv, geometry, products, attention, None, self.kv_scales)
+        return CudaStep(rows, kv, geometry, products, attention, self.kv_scales)
 
     def _ordered_decode(self, scratch: Scratch) -> OrderedDecodeWork | None:
         if not self.deterministic:

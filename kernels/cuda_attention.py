@@ -96,6 +96,30 @@ class Attention:
             )
         return out
 
+    def append(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        geometry: Geometry,
+        norms: tuple[Tensor, Tensor] | None,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Turn the queries of all rows in place, and write their keys and values into the pool."""
+        rows = self.rows
+        append_heads(
+            qkv,
+            kv,
+            rows.tables,
+            rows.slots,
+            rows.positions,
+            geometry,
+            norms,
+            starts=self.starts,
+            scales=scales,
+            is_exact=self.ordered is not None,
+            pdl=self.pdl,
+        )
+
     def _in_order(
         self,
         qkv: Tensor,
@@ -106,18 +130,7 @@ class Attention:
         work: OrderedDecodeWork,
     ) -> Tensor:
         rows, num = self.rows, self.num_decode
-        append_heads(
-            qkv,
-            kv,
-            rows.tables,
-            rows.slots,
-            rows.positions,
-            geometry,
-            norms,
-            starts=self.starts,
-            is_exact=True,
-            pdl=self.pdl,
-        )
+        self.append(qkv, kv, geometry, norms)
         if num:
             assert self.starts is not None
             decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)

@@ -46,11 +46,9 @@ class Products(Protocol):
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Normal]: ...
     def linear(self, x: Normal, linear: CudaLinear) -> Tensor: ...
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
-    ) -> Normal: ...
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor) -> Normal: ...
     def gate_up(self, x: Normal, linear: CudaLinear) -> Tensor: ...
-    def logits(self, x: Normal, linear: CudaLinear, outputs: Tensor | None) -> Tensor: ...
+    def logits(self, x: Normal, linear: CudaLinear) -> Tensor: ...
 
 
 @frozen
@@ -75,9 +73,7 @@ class GemvProducts:
     def linear(self, x: Unnormed, linear: CudaLinear) -> Tensor:
         return self._normed(x, linear, x.norm.new_empty(1, linear.weight.shape[0]))
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
-    ) -> Unnormed:
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor) -> Unnormed:
         # The next products read a row of bf16: every program reads all of it, and float32 rows cost
         # 0.4 ms a step (8B shape).
         copy = norm.new_empty(1, hidden.shape[1])
@@ -88,7 +84,7 @@ class GemvProducts:
         out = x.norm.new_empty(1, linear.weight.shape[0] // 2)
         return self._normed(x, linear, out, kind=GATE_UP)
 
-    def logits(self, x: Unnormed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+    def logits(self, x: Unnormed, linear: CudaLinear) -> Tensor:
         out = x.norm.new_empty(1, linear.weight.shape[0], dtype=torch.float32)
         return self._normed(x, linear, out)
 
@@ -122,9 +118,7 @@ class SkinnyProducts:
         out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0])
         return self._skinny(x, linear, out)
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
-    ) -> Normed:
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor) -> Normed:
         following = self._following(len(hidden), norm, num_tiles(hidden.shape[1], ADD))
         skinny(
             linear.weight,
@@ -142,10 +136,9 @@ class SkinnyProducts:
         out = x.values.new_empty(x.values.shape[0], linear.weight.shape[0] // 2)
         return self._skinny(x, linear, out, kind=GATE_UP)
 
-    def logits(self, x: Normed, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+    def logits(self, x: Normed, linear: CudaLinear) -> Tensor:
         shape = x.values.shape[0], linear.weight.shape[0]
-        logits = self._skinny(x, linear, x.values.new_empty(shape, dtype=torch.float32))
-        return logits if outputs is None else logits[outputs]
+        return self._skinny(x, linear, x.values.new_empty(shape, dtype=torch.float32))
 
     def _following(self, num_rows: int, norm: Tensor, parts: int) -> Normed:
         squares = norm.new_empty(parts, MAX_ROWS, dtype=torch.float32)
@@ -177,15 +170,13 @@ class DenseProducts:
     def linear(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return torch.nn.functional.linear(x, _widened(linear, x.dtype), linear.bias)
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
-    ) -> Tensor:
-        return add_norm(hidden, self.linear(x, linear), norm, self.eps, outputs)
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor) -> Tensor:
+        return add_norm(hidden, self.linear(x, linear), norm, self.eps)
 
     def gate_up(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return silu_mul(self.linear(x, linear))
 
-    def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return self.linear(x, linear).float()
 
 
@@ -199,27 +190,25 @@ class OrderedProducts:
 
     def embed(self, rows: Rows, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         hidden = _embedded(rows, table, pdl=self.pdl)
-        return hidden, self._norm(hidden, norm, None)
+        return hidden, self._norm(hidden, norm)
 
     def linear(self, x: Tensor, linear: CudaLinear) -> Tensor:
         return self._product(x, linear, x.new_empty(len(x), len(linear.weight)))
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor, outputs: Tensor | None
-    ) -> Tensor:
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: CudaLinear, norm: Tensor) -> Tensor:
         self._product(x, linear, hidden, kind=ADD)
-        return self._norm(hidden, norm, outputs)
+        return self._norm(hidden, norm)
 
     def gate_up(self, x: Tensor, linear: CudaLinear) -> Tensor:
         out = x.new_empty(len(x), len(linear.weight) // 2)
         return self._product(x, linear, out, kind=GATE_UP)
 
-    def logits(self, x: Tensor, linear: CudaLinear, outputs: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, linear: CudaLinear) -> Tensor:
         out = x.new_empty(len(x), len(linear.weight), dtype=torch.float32)
         return self._product(x, linear, out)
 
-    def _norm(self, hidden: Tensor, norm: Tensor, outputs: Tensor | None) -> Tensor:
-        return add_norm(hidden, None, norm, self.eps, outputs, is_exact=True, pdl=self.pdl)
+    def _norm(self, hidden: Tensor, norm: Tensor) -> Tensor:
+        return add_norm(hidden, None, norm, self.eps, is_exact=True, pdl=self.pdl)
 
     def _product(self, x: Tensor, linear: CudaLinear, out: Tensor, kind: int = 0) -> Tensor:
         return ordered_product(

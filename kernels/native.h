@@ -44,14 +44,14 @@ typedef struct {
 
 /* One forward: its rows, its place in the KV pool, and memory to work in. */
 typedef struct {
-    int64_t num_rows, num_outputs, num_segments, num_threads;
+    int64_t num_rows, num_segments, num_threads;
     int64_t num_heads, num_kv_heads, head_dim, hidden;
     int64_t pool_blocks, block_tokens;
     int64_t is_int8, is_bfloat16; /* the form of activations; the type of the pool */
     int64_t scratch_bytes;        /* of one thread */
     int64_t num_items;            /* set by native_plan */
     double norm_eps;
-    const int64_t *token_ids, *positions, *output_rows;
+    const int64_t *token_ids, *positions;
     const float *cos, *sin; /* [context, head_dim / 2] */
     char *kv;               /* [layers, 2, blocks, kv_heads, block_tokens, head_dim] */
     const Segment *segments;

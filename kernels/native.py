@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,12 +44,12 @@ class _Linear(ctypes.Structure):
 
 
 _NUMBERS = (
-    *("num_rows", "num_outputs", "num_segments", "num_threads", "num_heads", "num_kv_heads"),
+    *("num_rows", "num_segments", "num_threads", "num_heads", "num_kv_heads"),
     *("head_dim", "hidden", "pool_blocks", "block_tokens", "is_int8", "is_bfloat16"),
     *("scratch_bytes", "num_items"),
 )
 _ADDRESSES = (
-    *("token_ids", "positions", "output_rows", "cos", "sin", "kv", "segments", "block_ids"),
+    *("token_ids", "positions", "cos", "sin", "kv", "segments", "block_ids"),
     *("items", "members", "first_partial", "partials", "scratch"),
 )
 
@@ -79,7 +79,7 @@ class Native:
             "embed": [address] * 5,
             "linear": [address, number, *[address] * 3],
             "attend": [address, number, *[address] * 5],
-            "add_norm": [*[address] * 5, number, address],
+            "add_norm": [address] * 6,
             "gate_up": [address] * 5,
             "scratch_bytes": [address],
             "has_bfloat16": [],
@@ -151,6 +151,7 @@ class NativeStep:
     struct: _Step
     address: int
     is_int8: bool
+    output_rows: Tensor
     kept: tuple[object, ...]  # the memory that `struct` points to
 
     def embed(self, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +174,31 @@ class NativeStep:
         width = self.struct.num_heads * self.struct.head_dim
         out = torch.empty(len(qkv), width)
         x = self._normal(len(qkv), width) if self.is_int8 else None
+        self._attend(layer, qkv, norms, out, x)
+        return out if x is None else x
+
+    def attend_outputs(
+        self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, hidden: Tensor
+    ) -> tuple[NativeStep, Tensor, Tensor] | None:
+        outputs = self.output_rows
+        if not len(outputs):
+            self._attend(layer, qkv, norms, None, None)
+            return None
+        attended = self.attend(layer, qkv, norms)
+        struct = _Step.from_buffer_copy(self.struct)
+        struct.num_rows = len(outputs)
+        step = evolve(self, struct=struct, address=ctypes.addressof(struct))
+        return step, hidden[outputs], attended[outputs]
+
+    def _attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        out: Tensor | None,
+        x: Tensor | None,
+    ) -> None:
+        """Append keys and values, and attend if there is an `out`."""
         query_norm, key_norm = norms or (None, None)
         self.native.native_attend(
             self.address,
@@ -180,24 +206,18 @@ class NativeStep:
             qkv.data_ptr(),
             _pointer(query_norm),
             _pointer(key_norm),
-            out.data_ptr(),
+            _pointer(out),
             _pointer(x),
         )
-        return out if x is None else x
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
-    ) -> Tensor:
-        struct = self.struct
-        num_rows = struct.num_outputs if outputs_only else struct.num_rows
-        out = self._normal(num_rows, struct.hidden)
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor) -> Tensor:
+        out = self._normal(self.struct.num_rows, self.struct.hidden)
         self.native.native_add_norm(
             self.address,
             hidden.data_ptr(),
             x.data_ptr(),
             cast(NativeLinear, linear).address,
             norm.data_ptr(),
-            outputs_only,
             out.data_ptr(),
         )
         return out
@@ -265,7 +285,6 @@ class NativeOps:
         partials = np.empty(max(num_partials, 1) * partial_floats, np.float32)
         struct = _Step(
             num_rows=num_rows,
-            num_outputs=len(inputs.output_rows),
             num_segments=len(segments),
             num_threads=num_threads,
             num_heads=heads,
@@ -279,7 +298,6 @@ class NativeOps:
             norm_eps=geometry.norm_eps,
             token_ids=inputs.token_ids.data_ptr(),
             positions=inputs.positions.data_ptr(),
-            output_rows=inputs.output_rows.data_ptr(),
             cos=geometry.cos.data_ptr(),
             sin=geometry.sin.data_ptr(),
             kv=inputs.kv.data_ptr(),
@@ -297,7 +315,8 @@ class NativeOps:
         next_split = np.empty(len(segments), np.int64)
         library.native_plan(address, next_split.ctypes.data)
         kept = (inputs, geometry, segments, block_ids, items, members, first_partial, partials)
-        return NativeStep(library, struct, address, self.is_int8, (*kept, scratch))
+        kept = (*kept, scratch)
+        return NativeStep(library, struct, address, self.is_int8, inputs.output_rows, kept)
 
 
 def _segment_table(inputs: StepInputs) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

@@ -283,7 +283,8 @@ static void merge_row(const Step *step, int64_t row, int64_t query_head, float *
 }
 
 /* qkv [rows, (heads + 2 * kv_heads) * dim] is changed; out [rows, heads * dim] is float memory, and
- * x the same in the form in which products read rows (null where out is that). */
+ * x the same in the form in which products read rows (null where out is that). Without an out, keys
+ * and values are appended, and that is all. */
 void native_attend(const Step *step, int64_t layer, float *qkv, const float *query_norm,
                    const float *key_norm, float *out, char *x) {
     int64_t width = step->num_heads * step->head_dim;
@@ -301,16 +302,18 @@ void native_attend(const Step *step, int64_t layer, float *qkv, const float *que
                                key_norm);
             }
         }
+        if (out) {
 #pragma omp barrier
-        attend_items(step, &memory, layer, &counter, qkv, out);
+            attend_items(step, &memory, layer, &counter, qkv, out);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < step->num_rows; row++) {
-            if (step->first_partial[row] >= 0)
-                for (int64_t head = 0; head < step->num_heads; head++)
-                    merge_row(step, row, head, memory.totals, out);
-            if (x) write_row(out + row * width, width,
-                             x + row * native_row_bytes(width, step->is_int8), step->is_int8);
+            for (int64_t row = 0; row < step->num_rows; row++) {
+                if (step->first_partial[row] >= 0)
+                    for (int64_t head = 0; head < step->num_heads; head++)
+                        merge_row(step, row, head, memory.totals, out);
+                if (x) write_row(out + row * width, width,
+                                 x + row * native_row_bytes(width, step->is_int8), step->is_int8);
+            }
         }
     }
 }

@@ -46,21 +46,19 @@ void native_linear(const Step *step, int64_t num_rows, const char *x, const Line
     product(x, num_rows, linear, out, 0);
 }
 
-/* hidden += x W^T, and the norm of all rows or of the output rows. */
+/* hidden += x W^T, and its norm. */
 void native_add_norm(const Step *step, float *hidden, const char *x, const Linear *linear,
-                     const float *norm, int64_t outputs_only, char *out) {
+                     const float *norm, char *out) {
     int64_t width = step->hidden, row_bytes = native_row_bytes(width, step->is_int8);
-    int64_t num_normal = outputs_only ? step->num_outputs : step->num_rows;
 #pragma omp parallel num_threads(step->num_threads)
     {
         float *memory = row_memory(step, omp_get_thread_num());
         product(x, step->num_rows, linear, hidden, 1);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_normal; i++) {
-            int64_t row = outputs_only ? step->output_rows[i] : i;
+        for (int64_t row = 0; row < step->num_rows; row++) {
             norm_row(hidden + row * width, norm, width, step->norm_eps, memory);
-            write_row(memory, width, out + i * row_bytes, step->is_int8);
+            write_row(memory, width, out + row * row_bytes, step->is_int8);
         }
     }
 }

@@ -69,6 +69,20 @@ class PlainStep:
         return cast(Product, linear)(x)
 
     def attend(self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+        query = self._append(layer, qkv, norms)
+        return self.attention.attend(layer, query).flatten(1)
+
+    def attend_outputs(
+        self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, hidden: Tensor
+    ) -> tuple[PlainStep, Tensor, Tensor] | None:
+        query, outputs = self._append(layer, qkv, norms), self.inputs.output_rows
+        if not len(outputs):
+            return None
+        attended = self.attention.attend(layer, query).flatten(1)
+        return self, hidden[outputs], attended[outputs]
+
+    def _append(self, layer: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Write the rows' keys and values into the pool. Returns their queries, turned."""
         heads, kv_heads = self.geometry.num_heads, self.geometry.num_kv_heads
         all_heads = qkv.view(-1, heads + 2 * kv_heads, self.geometry.head_dim)
         query, key = all_heads[:, :heads], all_heads[:, heads : heads + kv_heads]
@@ -78,14 +92,11 @@ class PlainStep:
         self.ops.rotate_(all_heads[:, : heads + kv_heads], self.cos, self.sin)
         key_value = all_heads[:, heads:].view(-1, 2, kv_heads, self.geometry.head_dim)
         self.attention.append_kv(layer, key_value)
-        return self.attention.attend(layer, query).flatten(1)
+        return query
 
-    def add_norm(
-        self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor, *, outputs_only: bool = False
-    ) -> Tensor:
+    def add_norm(self, hidden: Tensor, x: Tensor, linear: Linear, norm: Tensor) -> Tensor:
         hidden += cast(Product, linear)(x)
-        rows = hidden[self.inputs.output_rows] if outputs_only else hidden
-        return self.ops.rms_norm(rows, norm, self.geometry.norm_eps)
+        return self.ops.rms_norm(hidden, norm, self.geometry.norm_eps)
 
     def gate_up(self, x: Tensor, linear: Linear) -> Tensor:
         return self.ops.silu_mul(cast(Product, linear)(x))

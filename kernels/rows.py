@@ -117,33 +117,27 @@ def embed(
 def add_norm_kernel(
     hidden,  # [rows, N], float32
     change,  # [rows, N], added to hidden first, if ADD
-    rows,  # [programs], the rows to norm, if SELECT
     norm,  # [N]
-    out,  # [programs, N]
+    out,  # [rows, N]
     eps,
     N: tl.constexpr,
     NP: tl.constexpr,
     ADD: tl.constexpr,
-    SELECT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start_next(PDL)
     wait_previous(PDL)
-    row = tl.program_id(0)
-    source = row.to(tl.int64)
-    if SELECT:
-        source = tl.load(rows + row).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * N
     columns = tl.arange(0, NP)
     there = columns < N
-    values = tl.load(hidden + source * N + columns, mask=there, other=0.0)
+    values = tl.load(hidden + start + columns, mask=there, other=0.0)
     if ADD:
-        values += tl.load(change + source * N + columns, mask=there, other=0.0).to(tl.float32)
-        if not SELECT:  # rows may be named twice, and nobody reads them after
-            tl.store(hidden + source * N + columns, values, mask=there)
+        values += tl.load(change + start + columns, mask=there, other=0.0).to(tl.float32)
+        tl.store(hidden + start + columns, values, mask=there)
     factor = tl.rsqrt(tl.sum(values * values, 0) / N + eps)
     weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
     result = values * factor * weight
-    tl.store(out + row.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=there)
+    tl.store(out + start + columns, result.to(out.dtype.element_ty), mask=there)
 
 
 def add_norm(
@@ -151,31 +145,27 @@ def add_norm(
     change: Tensor | None,
     norm: Tensor,
     eps: float,
-    rows: Tensor | None = None,
     *,
     is_exact: bool = False,
     pdl: bool = False,
 ) -> Tensor:
-    """hidden += change, in place, and its root-mean-square norm in the norm's dtype. With `rows`
-    only the norm of those rows is made, and hidden stays as it is. `is_exact`: see `exact`."""
-    count, width = hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]
-    out = norm.new_empty(count, width)
-    if count:
-        add_norm_kernel[(count,)](
-            hidden,
-            hidden if change is None else change,
-            hidden if rows is None else rows,
-            norm,
-            out,
-            eps,
-            width,
-            triton.next_power_of_2(width),
-            change is not None,
-            rows is not None,
-            pdl,
-            num_warps=8,
-            **exact_options(pdl, is_exact),
-        )
+    """hidden += change, in place, and its root-mean-square norm in the norm's dtype. `is_exact`:
+    see `exact`."""
+    rows, width = hidden.shape
+    out = norm.new_empty(rows, width)
+    add_norm_kernel[(rows,)](
+        hidden,
+        hidden if change is None else change,
+        norm,
+        out,
+        eps,
+        width,
+        triton.next_power_of_2(width),
+        change is not None,
+        pdl,
+        num_warps=8,
+        **exact_options(pdl, is_exact),
+    )
     return out
 
 

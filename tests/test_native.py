@@ -76,7 +76,13 @@ def make_step(
     cos, sin = ops.pack_rotation(angles, angles)
     positions = [range(s.start_position, s.start_position + s.num_rows) for s in segments]
     flat = torch.tensor([position for some in positions for position in some])
-    inputs = StepInputs(flat % 50, flat, tuple(segments), kv, torch.tensor(outputs or [0]))
+    inputs = StepInputs(
+        flat % 50,
+        flat,
+        tuple(segments),
+        kv,
+        torch.tensor([0] if outputs is None else outputs).long(),
+    )
     geometry = Geometry(HEADS, KV_HEADS, dim, 1e-5, cos, sin, hidden)
     return ops.plan_step(inputs, geometry)
 
@@ -175,12 +181,38 @@ def test_fused_methods_equal_the_plain_ones(kind: str, width: int) -> None:
         step = make_step(ops, segments, make_pool(1, 64, 16), width, outputs=[2, 8])
         hidden, x = step.embed(table, norm)
         added = step.add_norm(hidden, x, ops.pack_linear(down, None), norm)
-        few = step.add_norm(hidden, added, ops.pack_linear(down, None), norm, outputs_only=True)
         gated = step.gate_up(added, ops.pack_linear(up, None))
-        results.append([hidden, opened(few, width), opened(gated, width + 4)])
+        results.append([hidden, opened(added, width), opened(gated, width + 4)])
     for got, expected in zip(*results, strict=True):
         scale = expected.abs().max().clamp_min(1)
         torch.testing.assert_close(got / scale, expected / scale, **tolerance)
+
+
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("outputs", [[2, 8], [0], list(range(9)), []])
+def test_only_the_output_rows_go_on_behind_the_last_attention(
+    kind: str, outputs: list[int]
+) -> None:
+    segments = segments_of([(0, 9, (0,))])
+    pools = [make_pool(1, 64, 16) for _ in range(2)]
+    qkv, hidden = make_qkv(segments, [7], 16), random(9, 64, seed=1)
+    every, some = (make_step(OPS[kind], segments, pool, outputs=outputs) for pool in pools)
+    attended = every.attend(1, qkv.clone(), None)
+    left = some.attend_outputs(1, qkv.clone(), None, hidden)
+    assert torch.equal(pools[0], pools[1])
+    if not outputs:
+        assert left is None
+        return
+    assert left is not None
+    step, rows, found = left
+    width = HEADS * 16
+    assert torch.equal(opened(found, width), opened(attended, width)[outputs])
+    assert torch.equal(rows, hidden[outputs])
+    down, norm = OPS[kind].pack_linear(random(64, width, seed=3), None), random(64, seed=2)
+    expected = every.add_norm(hidden, attended, down, norm)
+    normed = step.add_norm(rows, found, down, norm)
+    assert torch.equal(opened(normed, 64), opened(expected, 64)[outputs])
+    assert torch.equal(rows, hidden[outputs])
 
 
 @pytest.mark.parametrize("kind", OPS)

@@ -65,6 +65,32 @@ def test_equals_transformers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+@pytest.mark.parametrize(("deterministic", "size"), [(False, 65), (True, 10)])
+def test_only_the_output_rows_leave_the_last_layer(
+    folder: Path, deterministic: bool, size: int
+) -> None:
+    """All rows, one (by other products) and none: the same logits, the same pool."""
+    model = triton_model(folder, deterministic=deterministic)
+    spec = model.spec
+    ids, positions = torch.tensor(TOKENS[:size], device=DEVICE), torch.arange(size, device=DEVICE)
+    blocks = tuple(range(5))
+    pools, found = [], []
+    for wanted in (list(range(size)), [size - 1], []):
+        shape = (spec.num_layers, 2, len(blocks), spec.num_kv_heads, 16, spec.head_dim)
+        pools.append(torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE))
+        rows = torch.tensor(wanted, dtype=torch.int32, device=DEVICE)
+        segments = (Segment(0, size, 0, blocks),)
+        with torch.inference_mode():
+            found.append(model.forward(ids, positions, segments, pools[-1], rows))
+        assert found[-1].shape == (len(wanted), spec.vocab_size)
+        assert torch.equal(pools[-1], pools[0])
+        if deterministic:
+            assert torch.equal(found[-1], found[0][wanted])
+        elif wanted:
+            assert relative_error(found[-1], found[0][wanted]) < 0.02
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 def test_fp8_weights_are_near(folder: Path) -> None:
     expected = reference_logits(folder)
     logits = logits_of(triton_model(folder, fp8=True), [148, 1, 1])

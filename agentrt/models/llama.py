@@ -12,7 +12,7 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from agentrt.kernels import Geometry, Linear, Ops, Segment, Step, StepInputs
+from agentrt.kernels import Geometry, Linear, Normal, Ops, Segment, Step, StepInputs
 from agentrt.models.base import ModelSpec
 
 
@@ -100,15 +100,24 @@ class LlamaModel:
 
     def run(self, step: Step) -> Tensor:
         """Logits of a step that is planned already [outputs, vocab], float32."""
+        *layers, last = self.layers
         hidden, x = step.embed(self.embedding, self.layers[0].attention_norm)
-        following = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
-        last = len(self.layers) - 1
-        for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
+        for index, layer in enumerate(layers):
             attended = step.attend(index, step.linear(x, layer.qkv), layer.head_norms)
-            x = step.add_norm(hidden, attended, layer.output, layer.mlp_norm)
-            gated = step.gate_up(x, layer.gate_up)
-            x = step.add_norm(hidden, gated, layer.down, norm, outputs_only=index == last)
-        return step.logits(x, self.head)
+            x = self._mlp(step, hidden, attended, layer, self.layers[index + 1].attention_norm)
+        qkv = step.linear(x, last.qkv)
+        left = step.attend_outputs(len(layers), qkv, last.head_norms, hidden)
+        if left is None:
+            return hidden.new_empty(0, self.spec.vocab_size, dtype=torch.float32)
+        step, hidden, attended = left
+        return step.logits(self._mlp(step, hidden, attended, last, self.norm), self.head)
+
+    def _mlp(
+        self, step: Step, hidden: Tensor, attended: Tensor, layer: Layer, norm: Tensor
+    ) -> Normal:
+        """The half of a block behind attention, and the norm that follows it."""
+        x = step.add_norm(hidden, attended, layer.output, layer.mlp_norm)
+        return step.add_norm(hidden, step.gate_up(x, layer.gate_up), layer.down, norm)
 
 
 class _Builder:
