@@ -157,7 +157,7 @@ class CudaRunner:
         runner = cls(
             model, ops, config, kv, scratch, tables, inputs, graphs, mixed, uploader, device
         )
-        runner._plan_prefixes()
+        runner._prepare_long()
         return runner
 
     @_tickets.default
@@ -172,8 +172,9 @@ class CudaRunner:
         return CudaCopier.over(self.kv)
 
     @torch.inference_mode()
-    def _plan_prefixes(self) -> None:
-        """Let cuDNN plan what long prompts need, for the calling thread: the step thread."""
+    def _prepare_long(self) -> None:
+        """Let cuDNN plan what long prompts need, for the calling thread, which is the step thread,
+        and compile what no graph has: else the first one waits for that (1B shape: 1.1 s)."""
         rows, block_tokens = self.config.step_tokens, self.config.block_tokens
         if not self.ops.cudnn or PREFIX_TOKENS % block_tokens:
             return
@@ -182,11 +183,16 @@ class CudaRunner:
         query = self.model.embedding.new_zeros(shape)
         scales = None if self.ops.kv_scales is None else self.ops.kv_scales[0]
         most_tokens = min(self.config.max_context_tokens, self.config.num_blocks * block_tokens)
-        for num_tokens in lengths_to_plan(*self._head_shape, rows, most_tokens):
+        lengths = lengths_to_plan(*self._head_shape, rows, most_tokens)
+        for num_tokens in lengths:
             table = torch.arange(
                 num_tokens // block_tokens, dtype=torch.int32, device=self.kv.device
             )
             attend_prefix(query, rows, self.kv[0], table, scales)
+        if lengths and lengths[0] + rows <= most_tokens:
+            # The pool is empty: what the idle slot's table names may be overwritten.
+            work = MixedWork.of_chunk(lengths[0], rows, self.tables.idle_slot)
+            self._without_graph(work, self._prefix_blocks(work))
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:
@@ -268,7 +274,8 @@ class CudaRunner:
         work = mixed_work(works, slots, dim, most_checked_rows=MOST_CHECKED_ROWS)
         self._update_tables(updates)
         prefix_blocks = self._prefix_blocks(work)
-        graph = None if prefix_blocks is not None else self.mixed.get(work)
+        is_plain = prefix_blocks is not None or self._ends_early(work)
+        graph = None if is_plain else self.mixed.get(work)
         if graph is None:
             return self._without_graph(work, prefix_blocks)
         tiles = plan_tiles(work.chunks, self._group, graph.layout.shape.rows)
@@ -276,6 +283,11 @@ class CudaRunner:
         self.uploader.upload_to(graph.flat, flat)
         graph.replay()
         return graph.logits
+
+    def _ends_early(self, work: MixedWork) -> bool:
+        """Whether the rows, as they give no token, end in the last layer's attention, and are so
+        many that it pays to launch them one by one: graphs are for steps with outputs."""
+        return not len(work.outputs[0]) and 2 * len(work.prefill[0]) >= self.config.step_tokens
 
     @property
     def _head_shape(self) -> tuple[int, int]:

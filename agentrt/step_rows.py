@@ -40,6 +40,19 @@ class MixedWork:
         starts = np.zeros(1, dtype=np.int32)
         return cls(decode=rows, prefill=rows, starts=starts, chunks=[], outputs=outputs)
 
+    @classmethod
+    def of_chunk(cls, position: int, num_rows: int, slot: int) -> MixedWork:
+        """Rows of token 0 from `position` on, of which the last gives a token."""
+        zero, none = np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.int32)
+        rows = np.arange(num_rows, dtype=np.int32)
+        return cls(
+            decode=(none, none, none),
+            prefill=(0 * rows, 0 * rows + slot, rows + position),
+            starts=zero,
+            chunks=[(0, position, num_rows, slot)],
+            outputs=(rows[-1:], zero + slot, zero, zero),
+        )
+
 
 def mixed_work(
     works: Sequence[Work], slots: Sequence[int], dim: int, *, most_checked_rows: int = 0

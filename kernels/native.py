@@ -315,8 +315,9 @@ class NativeOps:
         next_split = np.empty(len(segments), np.int64)
         library.native_plan(address, next_split.ctypes.data)
         kept = (inputs, geometry, segments, block_ids, items, members, first_partial, partials)
-        kept = (*kept, scratch)
-        return NativeStep(library, struct, address, self.is_int8, inputs.output_rows, kept)
+        return NativeStep(
+            library, struct, address, self.is_int8, inputs.output_rows, (*kept, scratch)
+        )
 
 
 def _segment_table(inputs: StepInputs) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
