@@ -30,8 +30,13 @@ def locate(
     BP: tl.constexpr,
 ):
     """Of a unit: its row, which of the row's units it is and how many these are (none if there is
-    no such unit), the tiles of a unit, the row's position and slot. All that is loaded is loaded
-    at once: a load that waits for another would take half a microsecond more."""
+    no such unit), the tiles of a unit, the row's position and slot, and the unit's place where a
+    row's units follow one another. All that is loaded is loaded at once: a load that waits for
+    another would take half a microsecond more.
+
+    Whole units come before what is left of each row, which fills the gaps when they end: 8 rows of
+    16,384 tokens took 202 us on an H100 (dim 128), not 208.
+    """
     index = tl.arange(0, BP)
     there = index < batch
     firsts = tl.load(starts + index, mask=there, other=0, cache_modifier=".cg")
@@ -40,19 +45,26 @@ def locate(
     all_slots = tl.load(slots + index, mask=there, other=0, cache_modifier=".cg")
     tiles_each = tl.maximum((tl.max(ends, 0) * KV_HEADS + capacity - 1) // capacity, 1)
     units = (ends - firsts + tiles_each - 1) // tiles_each
-    until = tl.cumsum(units, 0)
-    row = tl.sum((until <= unit).to(tl.int32), 0)
+    whole = (ends - firsts) // tiles_each
+    num_whole = tl.sum(whole, 0)
+    is_rest = unit >= num_whole
+    ordinal = unit - tl.where(is_rest, num_whole, 0)
+    counted = tl.where(is_rest, units - whole, whole)
+    until = tl.cumsum(counted, 0)
+    row = tl.sum((until <= ordinal).to(tl.int32), 0)
     here = index == row
     num_units = tl.sum(tl.where(here, units, 0), 0)
-    part = unit - tl.sum(tl.where(here, until - units, 0), 0)
+    before = tl.sum(tl.where(here, until - counted, 0), 0)
+    part = tl.where(is_rest, num_units - 1, ordinal - before)
+    place = tl.sum(tl.where(index < row, units, 0), 0) + part
     position = tl.sum(tl.where(here, all_positions, 0), 0)
     slot = tl.sum(tl.where(here, all_slots, 0), 0)
-    return row, part, num_units, tiles_each, position, slot
+    return row, part, num_units, tiles_each, position, slot, place
 
 
 @triton.jit
 def attend_unit(
-    keys,  # the first tile [TILE, W], and `values`; they may hold no token
+    keys,  # the first tile [TILE, W], and `values`, if FETCHED; they may hold no token
     values,
     line,  # the row of qkv: its heads, [(heads + 2 * kv_heads) * D]
     key_cache,  # [blocks, kv_heads, block_tokens, D] of one layer
@@ -87,9 +99,10 @@ def attend_unit(
     NORM: tl.constexpr,
     GP: tl.constexpr,
     THREADS: tl.constexpr,
+    FETCHED: tl.constexpr = True,
 ):
-    """Everything behind the first tile: who has a row's last unit also appends its key and value;
-    who is the last of a row to get here adds what all have found."""
+    """Who has a row's last unit also appends its key and value; who is the last of a row to get
+    here adds what all have found."""
     G: tl.constexpr = HEADS // KV_HEADS
     M: tl.constexpr = 16 if GP < 16 else GP
     NARROW: tl.constexpr = key_cache.dtype.element_ty == tl.float8e4nv
@@ -152,19 +165,22 @@ def attend_unit(
             )
             keys, values = next_keys, next_values
     else:
-        largest, weight_sum, acc = attend_tile(
-            query,
-            keys,
-            values,
-            start + tokens < end,
-            largest,
-            weight_sum,
-            acc,
-            scale,
-            M,
-            TILE,
-        )
-        for at in tl.range(start + TILE, end, TILE, num_stages=STAGES):
+        first = start
+        if FETCHED:
+            first += TILE
+            largest, weight_sum, acc = attend_tile(
+                query,
+                keys,
+                values,
+                start + tokens < end,
+                largest,
+                weight_sum,
+                acc,
+                scale,
+                M,
+                TILE,
+            )
+        for at in tl.range(first, end, TILE, num_stages=STAGES):
             largest, weight_sum, acc = attend_tile(
                 query,
                 load_tile(key_cache, table, at, end, kv_head, KV_HEADS, BLOCK_TOKENS, D, TILE),
@@ -206,5 +222,5 @@ def attend_unit(
     else:
         store_share(partial, peaks, place, acc, largest, weight_sum, M, D, GP)
         if arrive(counter, num_units):
-            first = place - part * KV_HEADS
-            merge_shares(target, partial, peaks, first, num_units, KV_HEADS, D, G, GP, THREADS)
+            lowest = place - part * KV_HEADS
+            merge_shares(target, partial, peaks, lowest, num_units, KV_HEADS, D, G, GP, THREADS)

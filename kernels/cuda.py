@@ -250,14 +250,16 @@ class CudaOps:
     ) -> CudaStep:
         """A step of decode rows and chunks whose tables are on the device. `prefix_blocks` are
         full blocks before the only chunk, if cuDNN is to attend to them, for `most_rows` rows."""
+        num_decode, dim = starts.shape[0] - 1, geometry.head_dim
         attention = Attention(
             rows=rows,
-            num_decode=starts.shape[0] - 1,
+            num_decode=num_decode,
             starts=starts,
             tiles=tiles if tiles.numel() else None,
             tile_shape=shape,
-            work=scratch.decode,
+            work=scratch.decode.for_contexts(dim, num_decode, is_long=True),
             pdl=False,
+            is_long=True,  # what short contexts lose by it is little beside a chunk
             ordered=self._ordered_decode(scratch),
             counters=scratch.prefill if tiles.shape[0] <= MAX_SHARED_TILES else None,
             prefix_blocks=prefix_blocks,

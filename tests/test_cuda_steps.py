@@ -20,7 +20,7 @@ from agentrt.kernels import Segment
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
-from agentrt.mixed_graph import Layout, MixedGraphs
+from agentrt.mixed_graph import MAX_DECODE, TOTAL_ROWS, Layout, MixedGraphs, buckets
 from agentrt.models.llama import LlamaModel, expected_shapes
 from agentrt.models.load import load_model
 from agentrt.scheduler import Scheduler
@@ -239,3 +239,13 @@ def test_inputs_go_round_a_ring() -> None:
     inputs.write(np.full(len(inputs.flat), 9, dtype=np.int32))
     assert inputs.ring[0, 0] == 9
     assert inputs.step == 0
+
+
+@pytest.mark.parametrize("step_tokens", [48, 64, 500, 2048, 3000])
+def test_buckets_grow_and_the_last_holds_a_whole_step(step_tokens: int) -> None:
+    found = buckets(step_tokens)
+    assert found == sorted(set(found))
+    for num_decode in (0, MAX_DECODE):
+        sizes = [rows for decode, rows in found if decode == num_decode]
+        assert sizes[-1] == max(step_tokens, 64)
+        assert {num_decode + rows for rows in sizes[:-1]} <= {*TOTAL_ROWS, 16, 32}
