@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.cuda_inputs import NUM_BUFFERS
-from agentrt.decode_persistent import capture_step, persistent_step
-from agentrt.kernels.attention_decode import FEW_ROWS
+from agentrt.decode_persistent import OneLaunch, capture_step, persistent_steps
+from agentrt.kernels.attention_decode import FEW_ROWS, WIDE_HEADS
 from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
-from agentrt.kernels.persistent_step import PersistentStep
 from agentrt.kernels.rows import fetch
 from agentrt.kernels.sample import sample_rows
 from agentrt.models.llama import LlamaModel
@@ -99,7 +98,7 @@ class DecodeGraphs:
     tables: Tensor
     last_tokens: Tensor
     device: StepDevice
-    persistent: PersistentStep | None = field(default=None, init=False)
+    persistent: dict[int, OneLaunch] = field(factory=dict, init=False)  # by bucket
     _graphs: dict[tuple[int, bool], Captured] = field(factory=dict, init=False)
 
     @property
@@ -124,15 +123,17 @@ class DecodeGraphs:
         self.inputs.restart()
 
     def use_persistent(self) -> None:
-        """From now on a row that comes alone is served by one launch (see `kernels.persistent`)."""
-        self.persistent = persistent_step(self)
-        made = capture_step(self.device, self.persistent)
-        self._graphs[1, False] = self._graphs[1, True] = made
+        """From now on a step of few rows is one launch (see `kernels.persistent`), whether their
+        contexts are short or long."""
+        self.persistent = persistent_steps(self, {bucket for bucket, _ in self._graphs})
+        for bucket, step in self.persistent.items():
+            made = capture_step(self.device, step)
+            self._graphs[bucket, False] = self._graphs[bucket, True] = made
         self.inputs.restart()
 
     def check(self) -> None:
         """Raise RuntimeError if a step that is done was not computed to its end."""
-        if self.persistent is not None and self.persistent.has_failed:
+        if any(step.has_failed for step in self.persistent.values()):
             raise RuntimeError(
                 "programs of a decode step waited for each other in vain, as if they were not all "
                 "on the device: keep other work off it, or use decode_launch='graph'"
@@ -140,7 +141,8 @@ class DecodeGraphs:
 
     def _differs_if_long(self, bucket: int) -> bool:
         """Whether `plan_decode` gives another step: never where the sums have one order."""
-        return bucket > FEW_ROWS and not self.ops.deterministic
+        is_wide = self.model.geometry.head_dim >= WIDE_HEADS
+        return is_wide and bucket > FEW_ROWS and not self.ops.deterministic
 
     def compute(self, bucket: int, *, is_long: bool = False) -> Tensor:
         """The step itself: what a graph holds, and what runs without one."""

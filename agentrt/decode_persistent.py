@@ -1,8 +1,9 @@
-"""A decode step of one row as a single launch, for a model and the memory of its runner."""
+"""Decode steps of at most 8 rows as single launches, for a model and the memory of its runner."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from agentrt.errors import ConfigError
 from agentrt.kernels.cuda_products import CudaLinear
+from agentrt.kernels.persistent_batch_step import MOST_ROWS, BatchGrid, BatchMemory, BatchStep
 from agentrt.kernels.persistent_step import (
     PersistentGrid,
     PersistentInputs,
@@ -25,14 +27,72 @@ if TYPE_CHECKING:
     from agentrt.decode_graph import DecodeGraphs
 
 logger = logging.getLogger("agentrt")
+OneLaunch = PersistentStep | BatchStep
+
+
+def persistent_steps(graphs: DecodeGraphs, buckets: Iterable[int]) -> dict[int, OneLaunch]:
+    """The steps of those buckets of a runner's graphs that are not too wide, on the same memory.
+
+    Raises ConfigError on a device or a shape that they are not made for.
+    """
+    steps: dict[int, OneLaunch] = {}
+    memory: BatchMemory | None = None
+    for bucket in sorted(bucket for bucket in buckets if bucket <= MOST_ROWS):
+        if bucket == 1:
+            steps[1] = persistent_step(graphs)
+        else:
+            steps[bucket] = made = batch_step(graphs, bucket, memory=memory)
+            memory = made.memory
+    return steps
 
 
 def persistent_step(graphs: DecodeGraphs, grid: PersistentGrid | None = None) -> PersistentStep:
-    """The step of a runner's graphs that has one row, on the same memory.
+    """The step that has one row.
 
-    Raises ConfigError on a device or a shape that it is not made for.
+    Raises ConfigError as `persistent_steps` does.
     """
-    model, inputs, device = graphs.model, graphs.inputs, graphs.kv.device
+    model, device = graphs.model, graphs.kv.device
+    _check(model, device)
+    weights = persistent_weights(model, device)
+    return PersistentStep(
+        weights=weights,
+        geometry=model.geometry,
+        inputs=_inputs(graphs, 1),
+        kv=graphs.kv,
+        work=graphs.scratch.decode,
+        sampling=graphs.scratch.sample,
+        memory=PersistentMemory.allocate(model.geometry, weights, device),
+        grid=grid or PersistentGrid.choose(device, model.geometry.head_dim),
+    )
+
+
+def batch_step(
+    graphs: DecodeGraphs,
+    batch: int,
+    grid: BatchGrid | None = None,
+    memory: BatchMemory | None = None,
+) -> BatchStep:
+    """The step that has `batch` rows; `memory` is that of another one with the same grid.
+
+    Raises ConfigError as `persistent_steps` does.
+    """
+    model, device = graphs.model, graphs.kv.device
+    _check(model, device)
+    weights, grid = persistent_weights(model, device), grid or BatchGrid.choose(device)
+    return BatchStep(
+        batch=batch,
+        weights=weights,
+        geometry=model.geometry,
+        inputs=_inputs(graphs, batch),
+        kv=graphs.kv,
+        work=graphs.scratch.decode,
+        sampling=graphs.scratch.sample,
+        memory=memory or BatchMemory.allocate(model.geometry, weights, grid, device),
+        grid=grid,
+    )
+
+
+def _check(model: LlamaModel, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(
@@ -44,33 +104,27 @@ def persistent_step(graphs: DecodeGraphs, grid: PersistentGrid | None = None) ->
             f"decode_launch='persistent' wants an even intermediate_size, not "
             f"{model.spec.intermediate_size}: use decode_launch='graph'"
         )
-    weights = persistent_weights(model, device)
-    return PersistentStep(
-        weights=weights,
-        geometry=model.geometry,
-        inputs=PersistentInputs(
-            ring=inputs.ring,
-            step=inputs.step,
-            flat=inputs.flat,
-            **{
-                name: inputs.get(name, 1)
-                for name in ("token_ids", "slots", "positions", "seeds", "temperatures")
-            },
-            starts=inputs.starts(1),
-            place=inputs.outbox_at,
-            tables=graphs.tables,
-            last_tokens=graphs.last_tokens,
-            outbox=inputs.outbox,
-        ),
-        kv=graphs.kv,
-        work=graphs.scratch.decode,
-        sampling=graphs.scratch.sample,
-        memory=PersistentMemory.allocate(model.geometry, weights, device),
-        grid=grid or PersistentGrid.choose(device, model.geometry.head_dim),
+
+
+def _inputs(graphs: DecodeGraphs, rows: int) -> PersistentInputs:
+    inputs = graphs.inputs
+    return PersistentInputs(
+        ring=inputs.ring,
+        step=inputs.step,
+        flat=inputs.flat,
+        **{
+            name: inputs.get(name, rows)
+            for name in ("token_ids", "slots", "positions", "seeds", "temperatures")
+        },
+        starts=inputs.starts(rows),
+        place=inputs.outbox_at,
+        tables=graphs.tables,
+        last_tokens=graphs.last_tokens,
+        outbox=inputs.outbox,
     )
 
 
-def capture_step(device: StepDevice, step: PersistentStep) -> Captured:
+def capture_step(device: StepDevice, step: OneLaunch) -> Captured:
     """The step as a graph of one launch; where a driver refuses to record such a launch, which the
     log then tells, launched anew each time."""
     try:
@@ -81,7 +135,7 @@ def capture_step(device: StepDevice, step: PersistentStep) -> Captured:
     def launch() -> None:
         step.compute()
 
-    return Captured(launch, step.memory.logits)
+    return Captured(launch, step.logits)
 
 
 def persistent_weights(model: LlamaModel, device: torch.device) -> PersistentWeights:
@@ -89,7 +143,7 @@ def persistent_weights(model: LlamaModel, device: torch.device) -> PersistentWei
     spec = model.spec
     return PersistentWeights(
         embedding=model.embedding,
-        addresses=table_of_addresses([_tensors(layer) for layer in model.layers], device),
+        addresses=table_of_addresses(_layers(model), device),
         final_norm=model.norm,
         head=cast(CudaLinear, model.head),
         hidden_size=spec.hidden_size,
@@ -97,6 +151,15 @@ def persistent_weights(model: LlamaModel, device: torch.device) -> PersistentWei
         qkv_bias=spec.qkv_bias,
         head_norms=spec.qk_norm,
     )
+
+
+def _layers(model: LlamaModel) -> list[dict[str, Tensor | None]]:
+    """Each layer's tensors, and the norm of what comes after it."""
+    following = [*(layer.attention_norm for layer in model.layers[1:]), model.norm]
+    return [
+        _tensors(layer) | {"next_norm": norm}
+        for layer, norm in zip(model.layers, following, strict=True)
+    ]
 
 
 def _tensors(layer: Layer) -> dict[str, Tensor | None]:

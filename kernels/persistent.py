@@ -30,6 +30,7 @@ BEGIN, QKV, ATTEND, OUTPUT, GATE, DOWN, HEAD, SAMPLE, NUM_PHASES = range(9)
 COLUMNS = (
     *("attention_norm", "qkv", "qkv_scales", "qkv_bias", "query_norm", "key_norm"),
     *("output", "output_scales", "mlp_norm", "gate_up", "gate_up_scales", "down", "down_scales"),
+    "next_norm",  # of what comes after the layer: see `persistent_batch`
 )
 
 _BEGIN = tl.constexpr(BEGIN)
@@ -48,7 +49,7 @@ _NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 
 
 @triton.jit
-def _pointer(row, column, TYPE: tl.constexpr):
+def pointer_at(row, column, TYPE: tl.constexpr):
     """A tensor's address from the table, as a pointer; tensors begin at multiples of 16 bytes."""
     return tl.multiple_of(tl.load(row + column).to(tl.pointer_type(TYPE)), 16)
 
@@ -171,10 +172,10 @@ def persistent_kernel(
         part, num_units, tiles_each = locate_unit(program, num_tiles, KV_HEADS, PROGRAMS)
         own_block = tl.load(table + position // BLOCK_TOKENS).to(tl.int64)
         here = addresses + first_layer * _NUM_COLUMNS
-        attention_norm = _pointer(here, 0, BF16)
-        qkv_weight = _pointer(here, 1, WEIGHT)
-        qkv_scales = _pointer(here, 2, tl.float32)
-        qkv_bias = _pointer(here, 3, BF16)
+        attention_norm = pointer_at(here, 0, BF16)
+        qkv_weight = pointer_at(here, 1, WEIGHT)
+        qkv_scales = pointer_at(here, 2, tl.float32)
+        qkv_bias = pointer_at(here, 3, BF16)
         for layer in range(first_layer, end_layer):
             here = addresses + layer * _NUM_COLUMNS
             if FIRST <= _QKV and END > _QKV:
@@ -207,10 +208,10 @@ def persistent_kernel(
                 )
             # Each phase's addresses are looked up before the phase before it: what is fetched at
             # the barrier must not wait for them there.
-            query_norm = _pointer(here, 4, BF16)
-            key_norm = _pointer(here, 5, BF16)
-            output = _pointer(here, 6, WEIGHT)
-            output_scales = _pointer(here, 7, tl.float32)
+            query_norm = pointer_at(here, 4, BF16)
+            key_norm = pointer_at(here, 5, BF16)
+            output = pointer_at(here, 6, WEIGHT)
+            output_scales = pointer_at(here, 7, tl.float32)
             if FIRST <= _ATTEND and END > _ATTEND:
                 keys = kv + tl.cast(layer, tl.int64) * (2 * PART)
                 polls = attention_phase(
@@ -248,9 +249,9 @@ def persistent_kernel(
                     THREADS,
                     SYNC,
                 )
-            mlp_norm = _pointer(here, 8, BF16)
-            gate_up = _pointer(here, 9, WEIGHT)
-            gate_up_scales = _pointer(here, 10, tl.float32)
+            mlp_norm = pointer_at(here, 8, BF16)
+            gate_up = pointer_at(here, 9, WEIGHT)
+            gate_up_scales = pointer_at(here, 10, tl.float32)
             if FIRST <= _OUTPUT and END > _OUTPUT:
                 polls = product_phase(
                     program,
@@ -279,8 +280,8 @@ def persistent_kernel(
                     PREFETCH,
                     SYNC,
                 )
-            down = _pointer(here, 11, WEIGHT)
-            down_scales = _pointer(here, 12, tl.float32)
+            down = pointer_at(here, 11, WEIGHT)
+            down_scales = pointer_at(here, 12, tl.float32)
             if FIRST <= _GATE and END > _GATE:
                 polls = product_phase(
                     program,
@@ -310,10 +311,10 @@ def persistent_kernel(
                     SYNC,
                 )
             here = addresses + tl.minimum(layer + 1, NUM_LAYERS - 1) * _NUM_COLUMNS
-            attention_norm = _pointer(here, 0, BF16)
-            qkv_weight = _pointer(here, 1, WEIGHT)
-            qkv_scales = _pointer(here, 2, tl.float32)
-            qkv_bias = _pointer(here, 3, BF16)
+            attention_norm = pointer_at(here, 0, BF16)
+            qkv_weight = pointer_at(here, 1, WEIGHT)
+            qkv_scales = pointer_at(here, 2, tl.float32)
+            qkv_bias = pointer_at(here, 3, BF16)
             if FIRST <= _DOWN and END > _DOWN:
                 polls = product_phase(
                     program,

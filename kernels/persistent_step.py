@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +60,7 @@ class PersistentGrid:
 
 @frozen(kw_only=True)
 class PersistentInputs:
-    """Where one row's step finds what it is to compute, and where its token goes: see
+    """Where a step finds what it is to compute, and where its tokens go: see
     `agentrt.decode_graph.DecodeInputs`."""
 
     ring: Tensor
@@ -144,37 +146,39 @@ def _address(tensor: Tensor | None) -> int:
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
 
 
-def product_tiles(
-    weights: PersistentWeights, geometry: Geometry, grid: PersistentGrid
-) -> dict[str, PersistentTiles]:
-    """How each matrix is cut, by the names of the kernel's arguments."""
+def product_shapes(
+    weights: PersistentWeights, geometry: Geometry
+) -> dict[str, tuple[int, int, int]]:
+    """Rows and columns of each matrix and what becomes of its product, by the names of the
+    kernels' arguments."""
     heads, dim = geometry.num_heads, geometry.head_dim
     qkv_rows = (heads + 2 * geometry.num_kv_heads) * dim
     hidden, width = weights.hidden_size, weights.intermediate_size
-    shapes = {
+    return {
         "QKV": (qkv_rows, hidden, STORE),
         "OUTPUT": (hidden, heads * dim, ADD),
         "GATE": (width, hidden, GATE_UP),
         "DOWN": (hidden, width, ADD),
         "HEAD": (weights.embedding.shape[0], hidden, STORE),
     }
+
+
+def product_tiles(
+    weights: PersistentWeights, geometry: Geometry, grid: PersistentGrid
+) -> dict[str, PersistentTiles]:
+    """How each matrix is cut."""
     return {
         name: PersistentTiles.choose(*shape, grid.num_programs, grid.most_numbers)
-        for name, shape in shapes.items()
+        for name, shape in product_shapes(weights, geometry).items()
     }
 
 
-def constants_of(
-    weights: PersistentWeights,
-    geometry: Geometry,
-    inputs: PersistentInputs,
-    kv: Tensor,
-    grid: PersistentGrid,
+def shape_constants(
+    weights: PersistentWeights, geometry: Geometry, inputs: PersistentInputs, kv: Tensor
 ) -> dict[str, object]:
-    """The kernel's compile-time arguments, but for the phases."""
+    """What a kernel has to know of the model and of the runner's memory."""
     vocab = weights.embedding.shape[0]
     group = geometry.num_heads // geometry.num_kv_heads
-    tiles = product_tiles(weights, geometry, grid)
     return {
         "NUM_LAYERS": weights.addresses.shape[0],
         "SIZE": inputs.flat.shape[0],
@@ -194,17 +198,41 @@ def constants_of(
         "GP": triton.next_power_of_2(group),
         "HEAD_NORMS": weights.head_norms,
         "BIAS": weights.qkv_bias,
+        "CHUNK": CHUNK,
+        "CHUNKS": num_chunks(vocab),
+        "CHUNKS_P": triton.next_power_of_2(num_chunks(vocab)),
+    }
+
+
+def constants_of(
+    weights: PersistentWeights,
+    geometry: Geometry,
+    inputs: PersistentInputs,
+    kv: Tensor,
+    grid: PersistentGrid,
+) -> dict[str, object]:
+    """The kernel's compile-time arguments, but for the phases."""
+    tiles = product_tiles(weights, geometry, grid)
+    return {
+        **shape_constants(weights, geometry, inputs, kv),
         "WEIGHT": _TYPES[weights.head.weight.dtype],
         "SCALED": weights.head.scales is not None,
         **{f"{name}_R": cut.rows for name, cut in tiles.items()},
         **{f"{name}_BK": cut.columns for name, cut in tiles.items()},
-        "CHUNK": CHUNK,
-        "CHUNKS": num_chunks(vocab),
-        "CHUNKS_P": triton.next_power_of_2(num_chunks(vocab)),
         "PROGRAMS": grid.num_programs,
         "THREADS": 32 * NUM_WARPS,
         "PREFETCH": grid.prefetch_tiles,
     }
+
+
+def launch_phases(launch: Callable[[int, int, int, int], None], num_layers: int) -> None:
+    """A step, a launch a phase: `launch` is given the phases and the layers, as first and end."""
+    launch(BEGIN, QKV, 0, 0)
+    for layer in range(num_layers):
+        for phase in range(QKV, HEAD):
+            launch(phase, phase + 1, layer, layer + 1)
+    for phase in (HEAD, SAMPLE):
+        launch(phase, phase + 1, 0, 0)
 
 
 @frozen(kw_only=True)
@@ -225,26 +253,25 @@ class PersistentStep:
     def _find_constants(self) -> dict[str, object]:
         return constants_of(self.weights, self.geometry, self.inputs, self.kv, self.grid)
 
+    @property
+    def logits(self) -> Tensor:
+        """[1, vocab], the same memory each time."""
+        return self.memory.logits
+
     def compute(self) -> Tensor:
-        """The step, as the device can have it: in one launch, or in pieces."""
+        """The step, as the device can have it: in one launch, or in pieces. Returns the logits."""
         return self.launch() if self.kv.is_cuda else self.launch_in_pieces()
 
     def launch(self) -> Tensor:
-        """The whole step, as one launch. Returns the logits [1, vocab]; they are the same memory
-        each time."""
+        """The whole step, as one launch."""
         self._launch(0, NUM_PHASES, 0, self._num_layers, launch_cooperative_grid=True)
-        return self.memory.logits
+        return self.logits
 
     def launch_in_pieces(self) -> Tensor:
         """The same, a launch a phase: without a GPU nothing else works, and on one it tells a
         wrong barrier from a wrong phase."""
-        self._launch(BEGIN, QKV, 0, 0)
-        for layer in range(self._num_layers):
-            for phase in range(QKV, HEAD):
-                self._launch(phase, phase + 1, layer, layer + 1)
-        for phase in (HEAD, SAMPLE):
-            self._launch(phase, phase + 1, 0, 0)
-        return self.memory.logits
+        launch_phases(self._launch, self._num_layers)
+        return self.logits
 
     @property
     def has_failed(self) -> bool:

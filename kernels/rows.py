@@ -47,6 +47,37 @@ def fetch(ring: Tensor, step: Tensor, out: Tensor, *, pdl: bool = False) -> None
 
 
 @triton.jit
+def embed_row(
+    row,
+    token_ids,
+    slots,
+    last_tokens,
+    table,
+    norm,
+    out,
+    scaled,
+    squares,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """A row of the embedding; the arguments are those of `embed_kernel`."""
+    token = tl.load(token_ids + row).to(tl.int64)
+    if token < 0:
+        token = tl.load(last_tokens + tl.load(slots + row)).to(tl.int64)
+    columns = tl.arange(0, NP)
+    there = columns < N
+    wide = tl.load(table + token * N + columns, mask=there, other=0.0).to(tl.float32)
+    start = tl.cast(row, tl.int64) * N
+    tl.store(out + start + columns, wide, mask=there)
+    if NORM:
+        weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
+        made = (wide * weight).to(scaled.dtype.element_ty)
+        tl.store(scaled + start + columns, made, mask=there)
+        tl.store(squares + row, tl.sum(wide * wide, 0))
+
+
+@triton.jit
 def embed_kernel(
     token_ids,  # [rows]; a negative one stands for the slot's last sampled token
     slots,  # [rows]
@@ -64,20 +95,20 @@ def embed_kernel(
     """It never lets the next kernel start early: that may read the step's inputs before it waits
     (see `dependent`)."""
     wait_previous(PDL)
-    row = tl.program_id(0)
-    token = tl.load(token_ids + row).to(tl.int64)
-    if token < 0:
-        token = tl.load(last_tokens + tl.load(slots + row)).to(tl.int64)
-    columns = tl.arange(0, NP)
-    there = columns < N
-    wide = tl.load(table + token * N + columns, mask=there, other=0.0).to(tl.float32)
-    start = row.to(tl.int64) * N
-    tl.store(out + start + columns, wide, mask=there)
-    if NORM:
-        weight = tl.load(norm + columns, mask=there, other=0.0).to(tl.float32)
-        made = (wide * weight).to(scaled.dtype.element_ty)
-        tl.store(scaled + start + columns, made, mask=there)
-        tl.store(squares + row, tl.sum(wide * wide, 0))
+    embed_row(
+        tl.program_id(0),
+        token_ids,
+        slots,
+        last_tokens,
+        table,
+        norm,
+        out,
+        scaled,
+        squares,
+        N,
+        NP,
+        NORM,
+    )
 
 
 def embed(

@@ -38,8 +38,8 @@ def requests_of(prompts: list[list[int]], num_tokens: int) -> list[Request]:
 def test_tokens_are_those_of_the_graphs(runner: CudaRunner, tmp_path: Path) -> None:
     """Rows alone, and beside others, between which the two ways take turns."""
     graphs = open_runner(tmp_path, small_config(max_batch=2))
-    assert runner.graphs.persistent is not None
-    assert graphs.graphs.persistent is None
+    assert set(runner.graphs.persistent) == {1, 2}
+    assert not graphs.graphs.persistent
     before = int(runner.inputs.step)
     for prompts, num_tokens in ((PROMPTS[:1], 3), (PROMPTS, 2)):
         got, expected = (
@@ -52,9 +52,9 @@ def test_tokens_are_those_of_the_graphs(runner: CudaRunner, tmp_path: Path) -> N
 
 @torch.inference_mode()
 def test_a_barrier_that_did_not_hold_ends_the_engine(runner: CudaRunner) -> None:
-    assert runner.graphs.persistent is not None
+    assert set(runner.graphs.persistent) == {1, 2}
     runner.graphs.check()
-    failed = runner.graphs.persistent.memory.failed
+    failed = runner.graphs.persistent[1].memory.failed
     failed.fill_(1)
     with pytest.raises(RuntimeError, match="decode_launch='graph'"):
         Drive(runner, None).run(requests_of(PROMPTS[:1], 3))
