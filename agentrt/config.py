@@ -68,11 +68,11 @@ class EngineConfig:
     `tool_format` is how the model writes tool calls: "auto" is what its chat template shows, and a
     template without tools gets the form of Hermes. `long_prefill="triton"` keeps cuDNN out of
     prefill after long contexts on CUDA, where "auto" lets it attend to them.
-    `decode_launch="persistent"` computes a step of a single row in one launch on CUDA; with more
-    rows steps are graphs, as they all are by default. `random_weights` runs a folder that holds
-    config.json alone, for benchmarks. `speculation` lets a step check guesses
-    of the next tokens, which saves steps and changes no output. `max_waiting` bounds the queue
-    (Overloaded beyond it).
+    `decode_launch="persistent"` computes a decode step of at most 8 rows in one launch on CUDA;
+    with more rows steps are graphs, as they all are by default. `random_weights` runs a folder that
+    holds config.json alone, for benchmarks. `speculation` lets a step check guesses of the next
+    tokens, which saves steps and changes no output. `max_waiting` bounds the queue (Overloaded
+    beyond it).
 
     Raises ConfigError, naming the field, on a value out of range.
     """

@@ -1,14 +1,15 @@
 """One decode step, launched in four ways: milliseconds, and the share of the memory's bandwidth.
 
-    python benchmarks/gpu_launches.py SHAPE --shared DIR [--batches 1 8] [--context 1024] \
+    python benchmarks/gpu_launches.py SHAPE --shared DIR [--batches 1 2 4 8] [--context 1024] \
         [--sweep] [--out FILE]
 
 The ways: kernel by kernel without a graph; a graph of plain launches; a graph of dependent launches
-(the default); all layers in one cooperative launch (`decode_launch="persistent"`, a single row
-only), captured and as it is. They compute the same steps first: a way whose greedy token is neither
+(the default); all layers in one cooperative launch (`decode_launch="persistent"`, at most 8 rows),
+captured and as it is. They compute the same steps first: a way whose greedy token is neither
 the default's nor as good as that in the default's own logits ends the run. Then each does TURN
 steps in a row, ROUNDS times, and the median round counts. `--sweep` also times other shapes of the
-one launch: numbers of a tile in a thread, and tiles on their way into the L2 cache at a barrier.
+one launch: for one row, numbers of a tile in a thread, and tiles on their way into the L2 cache at
+a barrier; for several, tiles on their way at once, and columns that are asked for in that cache.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from gpu_decode import read_bandwidth, step_bytes
 
 from agentrt import EngineConfig
 from agentrt.decode_graph import FIELDS, DecodeGraphs, DecodeInputs
-from agentrt.decode_persistent import persistent_step
+from agentrt.decode_persistent import OneLaunch, batch_step, persistent_step
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
+from agentrt.kernels.persistent_batch_step import MOST_ROWS, BatchGrid
 from agentrt.kernels.persistent_step import PersistentGrid
 from agentrt.models.llama import LlamaModel
 from agentrt.models.load import load_model
@@ -39,6 +41,8 @@ BLOCK_TOKENS = 64
 CHECKED_STEPS = 12
 NEAR = 0.06  # of the logits' deviation: some times bf16's own error; a wrong token is 4 away
 TURN, ROUNDS = 20, 9
+ROW_SHAPES = [(numbers, ahead) for numbers in (64, 32) for ahead in (0, 1, 2, 4)]
+BATCH_SHAPES = [(4, 3, 0), (4, 3, 128), (4, 3, 512), (3, 3, 256), (5, 3, 256), (4, 2, 256)]
 Way = tuple[Callable[[], object], torch.Tensor]  # how to run a step, and its logits
 
 
@@ -94,29 +98,36 @@ class Steps:
             found[name] = (made.replay, made.logits)
         logits = torch.empty_like(found["graph"][1])
         found["no graph"] = (lambda: logits.copy_(plain.compute(self.batch)), logits)
-        if self.batch == 1:
+        if self.batch <= MOST_ROWS:
             found |= self._persistent(plain, sweep=sweep)
         return found
 
     def _persistent(self, graphs: DecodeGraphs, *, sweep: bool) -> dict[str, Way]:
         device, found = CudaDevice(), {}
-        chosen = PersistentGrid.choose(self.ops.device, self.model.geometry.head_dim)
-        grids = {"one launch, captured": chosen}
-        if sweep:
-            grids |= {
-                f"one launch, {numbers} numbers, {ahead} tiles ahead": attrs.evolve(
-                    chosen, numbers_per_thread=numbers, prefetch_tiles=ahead
-                )
-                for numbers in (64, 32)
-                for ahead in (0, 1, 2, 4)
-            }
-        for name, grid in grids.items():
-            step = persistent_step(graphs, grid)
+        steps = self._steps(graphs, sweep=sweep)
+        for name, step in steps.items():
             self.kept.append(step)  # the graph holds its addresses alone
             made = device.capture(step.launch)
             found[name] = (made.replay, made.logits)
-        step = persistent_step(graphs, chosen)
-        found["one launch"] = (step.launch, step.memory.logits)
+        step = next(iter(steps.values()))
+        found["one launch"] = (step.launch, step.logits)
+        return found
+
+    def _steps(self, graphs: DecodeGraphs, *, sweep: bool) -> dict[str, OneLaunch]:
+        """The chosen one comes first."""
+        make: Callable[..., OneLaunch]
+        if self.batch == 1:
+            make = partial(persistent_step, graphs)
+            chosen = PersistentGrid.choose(self.ops.device, self.model.geometry.head_dim)
+            names, shapes = ("numbers_per_thread", "prefetch_tiles"), ROW_SHAPES
+        else:
+            make = partial(batch_step, graphs, self.batch)
+            chosen = BatchGrid.choose(self.ops.device)
+            names, shapes = ("num_stages", "attention_stages", "prefetch_columns"), BATCH_SHAPES
+        found = {"one launch, captured": make(chosen)}
+        for shape in shapes if sweep else ():
+            given = dict(zip(names, shape, strict=True))
+            found[f"one launch, {given}"] = make(attrs.evolve(chosen, **given))
         return found
 
     def check(self, ways: dict[str, Way]) -> dict[str, int]:
@@ -164,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape")
     parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path)

@@ -205,5 +205,5 @@ def _choose_cuda(
     if kv_dtype == "fp8":  # `models.load` finds the scales, once the weights are there
         note = "keys and values in fp8"
     if decode_launch == "persistent":
-        note = "a single row's step in one launch, more rows in graphs"
+        note = "steps of at most 8 rows in one launch, more rows in graphs"
     return Compute(device=device, dtype=torch.bfloat16, ops=triton_ops, weights=name, note=note)

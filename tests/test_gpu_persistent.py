@@ -12,6 +12,7 @@ import torch
 from gpu import DEVICE, needs_gpu, relative_error
 from test_gpu_engine import PROMPTS, SHAPE, config, float32_logits
 from test_triton_persistent import LLAMA, SLOT, Case
+from test_triton_persistent_batch import Batch, check_alike, same_tiles
 
 from agentrt import Engine, GenerateOptions
 from agentrt.kernels import cuda_attention
@@ -131,6 +132,57 @@ def test_ten_thousand_steps_are_all_the_same(case: Case) -> None:
     assert int(case.step) == before + 10_000
     assert int(step.memory.barrier) & 0x7FFFFFFF == 0
     assert not case.scratch.decode.counters.any()
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def batch(request: pytest.FixtureRequest) -> Iterator[Batch]:
+    with torch.inference_mode():
+        yield Batch.of(SHAPES[request.param])
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[31, 620], [255, 0, None, 300], [620, 0, 31, 130, 500, None, None, 7], [639] * 8],
+)
+def test_several_rows_in_one_launch_equal_the_graph(
+    batch: Batch, positions: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one launch the same launch again, and the same in pieces, bit by bit."""
+    num_rows, alive = len(positions), [row for row, at in enumerate(positions) if at is not None]
+    step = batch.step(num_rows)
+    same_tiles(monkeypatch, step)
+    expected = batch.run(partial(batch.graphs.compute, num_rows), positions)
+    pieces, *launches = (
+        batch.run(run, positions) for run in (step.launch_in_pieces, step.launch, step.launch)
+    )
+    assert not step.has_failed
+    check_alike(pieces, expected, alive)
+    for launch in launches:
+        assert torch.equal(launch.logits[alive], pieces.logits[alive])
+        assert torch.equal(launch.kv, pieces.kv)
+        assert [launch.tokens[row] for row in alive] == [pieces.tokens[row] for row in alive]
+
+
+def test_thousands_of_steps_of_several_rows_are_all_the_same(batch: Batch) -> None:
+    step = batch.step(8)
+    batch.prepare([620, 0, 31, 130, 500, 255, 300, 7])
+    batch.graphs.inputs.ring[:, 7] = 3  # a token that does not depend on the step before
+    expected = step.launch().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.launch()
+    wrong = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    before = int(batch.graphs.inputs.step)
+    for _ in range(3000):
+        graph.replay()
+        wrong += (step.logits != expected).any()
+    assert int(wrong) == 0
+    assert not step.has_failed
+    assert int(batch.graphs.inputs.step) == before + 3000
+    assert int(step.memory.barrier) & 0x7FFFFFFF == 0
+    counters = (step.memory.products.counters, step.work.counters, step.sampling[2])
+    assert not any(counter.any() for counter in counters)
 
 
 def test_more_programs_than_there_is_room_for_are_refused(case: Case) -> None:
