@@ -1,4 +1,4 @@
-"""A runner whose single rows are served by one launch (on a CPU: by a launch a phase)."""
+"""A runner whose steps of few rows are one launch each (on a CPU: a launch a phase)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def requests_of(prompts: list[list[int]], num_tokens: int) -> list[Request]:
 
 
 def test_tokens_are_those_of_the_graphs(runner: CudaRunner, tmp_path: Path) -> None:
-    """Rows alone, and beside others, between which the two ways take turns."""
+    """Of a row alone, and of two beside each other."""
     graphs = open_runner(tmp_path, small_config(max_batch=2))
     assert set(runner.graphs.persistent) == {1, 2}
     assert not graphs.graphs.persistent
