@@ -15,16 +15,17 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.cache import Copy
+from agentrt.common_prefix import Common, find_common
 from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
-from agentrt.decode_graph import BUCKETS, DecodeGraphs, DecodeInputs
+from agentrt.decode_graph import BUCKETS, Contexts, DecodeGraphs, DecodeInputs
 from agentrt.grammar_masks import Filling, MaskThread
-from agentrt.kernels.attention_decode import num_tiles, tile_tokens
+from agentrt.kernels.attention_decode import FEW_ROWS, num_tiles, tile_tokens
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.attention_prefix import (
     PREFIX_TOKENS,
@@ -196,14 +197,15 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:
-        works = sorted(plan.work, key=lambda work: work.num_tokens > 1)
+        common = self._common(sorted(plan.work, key=lambda work: work.num_tokens > 1))
+        works = common.works
         slots, cells, blocks = self.tables.place(works)
         updates = (np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32))
         is_decode = all(work.num_tokens == 1 and work.samples for work in works)
         if is_decode and len(works) <= self.graphs.max_rows:
-            logits = self._decode(works, slots, updates)
+            logits = self._decode(common, slots, updates)
         else:
-            logits = self._mixed(works, slots, updates)
+            logits = self._mixed(common, slots, updates)
         return self._ticket(tuple(work for work in works if work.samples), logits)
 
     @torch.inference_mode()
@@ -239,10 +241,24 @@ class CudaRunner:
         """Where this step's tokens come down."""
         return self._tickets[0][0] * self.inputs.outbox.shape[1]
 
-    def _decode(
-        self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]
-    ) -> Tensor:
+    def _common(self, works: list[Work]) -> Common:
+        """The works, decode rows first, and what those have in common, if they read much."""
+        none = Common(tuple(works))
+        num_decode = sum(work.num_tokens == 1 for work in works)
+        if num_decode <= FEW_ROWS or not self.ops.shares_common(self.model.geometry):
+            return none
+        is_graph = num_decode == len(works) <= self.graphs.max_rows
+        if is_graph and not self.graphs.shares_common(num_decode):
+            return none
+        decode, dim = works[:num_decode], self.model.geometry.head_dim
+        if not self._is_long(sum(num_tiles(work.start, dim) for work in decode)):
+            return none
+        found = find_common(decode, self.config.block_tokens, dim, self._group)
+        return evolve(found, works=(*found.works, *works[num_decode:]))
+
+    def _decode(self, common: Common, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Rows of one token each: one graph."""
+        works = common.works
         width, num = self.inputs.width, len(works)
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
         fields = flat[: 5 * width].reshape(5, width)
@@ -254,11 +270,13 @@ class CudaRunner:
         fields[4, :num] = temperatures.view(np.int32)
         dim = self.model.geometry.head_dim
         tiles = [num_tiles(work.start, dim) for work in works]
-        flat[5 * width : -1] = np.cumsum([0, *tiles, *[0] * (width - num)])
+        flat[5 * width : -3] = np.cumsum([0, *common.own_tiles(tiles), *[0] * (width - num)])
+        flat[-3:-1] = common.num_rows, common.num_tiles
         flat[-1] = self._outbox_at
         self._update_tables(updates)
         self.inputs.write(flat)
-        graph = self.graphs.get(num, is_long=self._is_long(sum(tiles)))
+        contexts: Contexts = "long" if self._is_long(sum(tiles)) else "short"
+        graph = self.graphs.get(num, "common" if common.num_rows else contexts)
         graph.replay()
         return graph.logits
 
@@ -268,10 +286,12 @@ class CudaRunner:
         token_bytes = 2 * self.model.geometry.num_kv_heads * dim * self.kv.itemsize
         return num_tiles * tile_tokens(dim) * token_bytes > LONG_KV_BYTES
 
-    def _mixed(self, works: Sequence[Work], slots: list[int], updates: tuple[Array, ...]) -> Tensor:
+    def _mixed(self, common: Common, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Decode rows, drafts and prefill chunks, or more decode rows than a graph has."""
         dim = self.model.geometry.head_dim
-        work = mixed_work(works, slots, dim, most_checked_rows=MOST_CHECKED_ROWS)
+        work = mixed_work(
+            common.works, slots, dim, most_checked_rows=MOST_CHECKED_ROWS, common=common
+        )
         self._update_tables(updates)
         prefix_blocks = self._prefix_blocks(work)
         is_plain = prefix_blocks is not None or self._ends_early(work)
@@ -314,7 +334,9 @@ class CudaRunner:
         described = np.array(tiles, dtype=np.int32).reshape(-1)
         joined = [np.concatenate(pair) for pair in zip(work.decode, work.prefill, strict=True)]
         place = np.array([self._outbox_at], dtype=np.int32)
-        parts = self.uploader.upload([*joined, work.starts, described, *work.outputs, place])
+        parts = self.uploader.upload(
+            [*joined, work.starts, described, *work.outputs, place, work.common]
+        )
         rows = Rows(
             token_ids=parts[0],
             slots=parts[1],
@@ -333,6 +355,7 @@ class CudaRunner:
             parts[5],
             prefix_blocks,
             self.config.step_tokens,
+            parts[10] if work.common[0] else None,
         )
         logits = self.model.run(step)
         if len(parts[5]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,11 +25,15 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
 
 
+Contexts = Literal["short", "long", "common"]  # of the rows of a step
+
+
 @define
 class DecodeInputs:
     """One int32 array on the device that holds a decode step's inputs, field after field, for at
-    most `width` rows; then the rows' first tiles (see `attention_decode`), and where the step's
-    tokens go in `outbox`, which is wide enough for every kind of step.
+    most `width` rows; then the rows' first tiles and what rows have in common (see
+    `attention_decode`), and where the step's tokens go in `outbox`, which is wide enough for every
+    kind of step.
 
     A step itself fetches them from `ring`, and writes its tokens to `outbox`: both are page-locked
     memory of the host. Two copies between one step and the next cost 18 us more on an H100.
@@ -45,7 +50,7 @@ class DecodeInputs:
 
     @classmethod
     def allocate(cls, width: int, device: torch.device, most_outputs: int) -> DecodeInputs:
-        size = (len(FIELDS) + 1) * width + 2
+        size = (len(FIELDS) + 1) * width + 4
 
         def locked(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -73,6 +78,10 @@ class DecodeInputs:
         """Where in the flat outbox the step's tokens begin."""
         return self.flat[-1:]
 
+    @property
+    def common(self) -> Tensor:
+        return self.flat[-3:-1]
+
     def get(self, name: str, rows: int) -> Tensor:
         start = FIELDS.index(name) * self.width
         values = self.flat[start : start + rows]
@@ -85,9 +94,10 @@ class DecodeInputs:
 
 @define
 class DecodeGraphs:
-    """Owns a graph a bucket for short contexts, and one for long ones where that differs. They
-    share their memory: one runs at a time. Replaying one fetches the inputs, and writes `outbox`
-    and the graph's logits [rows, vocab].
+    """Owns a graph a bucket for short contexts, and further ones where those differ: for long
+    contexts, and for long ones of which some have tiles in common. They share their memory: one
+    runs at a time. Replaying one fetches the inputs, and writes `outbox` and the graph's logits
+    [rows, vocab].
     """
 
     model: LlamaModel
@@ -99,16 +109,22 @@ class DecodeGraphs:
     last_tokens: Tensor
     device: StepDevice
     persistent: dict[int, OneLaunch] = field(factory=dict, init=False)  # by bucket
-    _graphs: dict[tuple[int, bool], Captured] = field(factory=dict, init=False)
+    _graphs: dict[tuple[int, Contexts], Captured] = field(factory=dict, init=False)
 
     @property
     def max_rows(self) -> int:
         return max((bucket for bucket, _ in self._graphs), default=0)
 
-    def get(self, num_rows: int, *, is_long: bool) -> Captured:
+    def get(self, num_rows: int, contexts: Contexts) -> Captured:
         """The graph of the smallest bucket that holds `num_rows`."""
-        bucket = min(bucket for bucket, _ in self._graphs if bucket >= num_rows)
-        return self._graphs[bucket, is_long]
+        return self._graphs[self._bucket(num_rows), contexts]
+
+    def shares_common(self, num_rows: int) -> bool:
+        """Whether there is a graph for so many rows that have tiles in common."""
+        return (self._bucket(num_rows), "common") in self._graphs
+
+    def _bucket(self, num_rows: int) -> int:
+        return min(bucket for bucket, _ in self._graphs if bucket >= num_rows)
 
     def capture(self, max_batch: int) -> None:
         """Compile every kernel and capture all buckets that `max_batch` needs."""
@@ -116,10 +132,13 @@ class DecodeGraphs:
         for bucket in reversed([b for b in BUCKETS if b <= largest]):
             made = self.device.capture(partial(self.compute, bucket), pool)
             pool = made.pool
-            self._graphs[bucket, False] = made
+            self._graphs[bucket, "short"] = made
             if self._differs_if_long(bucket):
-                made = self.device.capture(partial(self.compute, bucket, is_long=True), pool)
-            self._graphs[bucket, True] = made
+                made = self.device.capture(partial(self.compute, bucket, "long"), pool)
+            self._graphs[bucket, "long"] = made
+            if bucket > FEW_ROWS and self.ops.shares_common(self.model.geometry):
+                made = self.device.capture(partial(self.compute, bucket, "common"), pool)
+                self._graphs[bucket, "common"] = made
         self.inputs.restart()
 
     def use_persistent(self) -> None:
@@ -128,7 +147,8 @@ class DecodeGraphs:
         self.persistent = persistent_steps(self, {bucket for bucket, _ in self._graphs})
         for bucket, step in self.persistent.items():
             made = capture_step(self.device, step)
-            self._graphs[bucket, False] = self._graphs[bucket, True] = made
+            self._graphs[bucket, "short"] = self._graphs[bucket, "long"] = made
+            self._graphs.pop((bucket, "common"), None)
         self.inputs.restart()
 
     def check(self) -> None:
@@ -144,7 +164,7 @@ class DecodeGraphs:
         is_wide = self.model.geometry.head_dim >= WIDE_HEADS
         return is_wide and bucket > FEW_ROWS and not self.ops.deterministic
 
-    def compute(self, bucket: int, *, is_long: bool = False) -> Tensor:
+    def compute(self, bucket: int, contexts: Contexts = "short") -> Tensor:
         """The step itself: what a graph holds, and what runs without one."""
         inputs, pdl = self.inputs, self.ops.pdl
         fetch(inputs.ring, inputs.step, inputs.flat, pdl=pdl)
@@ -161,7 +181,8 @@ class DecodeGraphs:
             self.kv,
             self.model.geometry,
             self.scratch,
-            is_long=is_long,
+            is_long=contexts != "short",
+            common=inputs.common if contexts == "common" else None,
         )
         logits = self.model.run(step)
         sample_rows(

@@ -57,7 +57,7 @@ class Layout:
         num_outputs = min(rows, MAX_OUTPUTS)
         # Every further chunk may add a tile; none is without a row.
         num_tiles = min(len(tiles) + num_outputs, num_rows)
-        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[num_outputs] * 4, 1)
+        sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[num_outputs] * 4, 1, 2)
         return cls(
             num_decode=num_decode,
             num_rows=num_rows,
@@ -98,6 +98,7 @@ class Layout:
         for part, values in zip(parts[5:9], work.outputs, strict=True):
             part[: len(values)] = values
         parts[9][0] = outbox_at
+        parts[10][:] = work.common
         num_decode = len(work.decode[0])
         rows = parts[5][: len(work.outputs[0])]
         rows[rows >= num_decode] += self.num_decode - num_decode
@@ -168,6 +169,7 @@ class MixedGraphs:
             seeds,
             temperatures,
             place,
+            common,
         ) = (
             flat[start : start + size]
             for start, size in zip(layout.offsets, layout.sizes, strict=False)
@@ -188,6 +190,7 @@ class MixedGraphs:
             self.model.geometry,
             self.scratch,
             outputs,
+            common=common if self.ops.shares_common(self.model.geometry) else None,
         )
         logits = self.model.run(step)
         sample_rows(

@@ -11,6 +11,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from agentrt.common_prefix import Common
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.sampler import MIN_TEMPERATURE, draw_seed, is_drawn_on_device
 from agentrt.scheduler import Work
@@ -28,7 +29,8 @@ class MixedWork:
 
     decode: tuple[Array, Array, Array]  # token ids, slots and positions of the decode rows
     prefill: tuple[Array, Array, Array]  # of the chunks' rows
-    starts: Array  # [decode rows + 1]
+    starts: Array  # [decode rows + 1], of the tiles that are a row's own
+    common: Array  # [2]: see `kernels.attention_decode.DecodeRows`
     chunks: list[Chunk]
     outputs: tuple[Array, Array, Array, Array]  # rows, slots, seeds, temperatures (as int32)
 
@@ -37,8 +39,10 @@ class MixedWork:
         """No work at all: every row idle."""
         none = np.zeros(0, dtype=np.int32)
         rows, outputs = (none, none, none), (none, none, none, none)
-        starts = np.zeros(1, dtype=np.int32)
-        return cls(decode=rows, prefill=rows, starts=starts, chunks=[], outputs=outputs)
+        starts, common = np.zeros(1, dtype=np.int32), np.zeros(2, dtype=np.int32)
+        return cls(
+            decode=rows, prefill=rows, starts=starts, common=common, chunks=[], outputs=outputs
+        )
 
     @classmethod
     def of_chunk(cls, position: int, num_rows: int, slot: int) -> MixedWork:
@@ -49,15 +53,22 @@ class MixedWork:
             decode=(none, none, none),
             prefill=(0 * rows, 0 * rows + slot, rows + position),
             starts=zero,
+            common=np.zeros(2, dtype=np.int32),
             chunks=[(0, position, num_rows, slot)],
             outputs=(rows[-1:], zero + slot, zero, zero),
         )
 
 
 def mixed_work(
-    works: Sequence[Work], slots: Sequence[int], dim: int, *, most_checked_rows: int = 0
+    works: Sequence[Work],
+    slots: Sequence[int],
+    dim: int,
+    *,
+    most_checked_rows: int = 0,
+    common: Common | None = None,
 ) -> MixedWork:
-    """Flatten works, those of one token first: they are decode rows.
+    """Flatten works, those of one token first: they are decode rows. `common`: what these have in
+    common, if they are in its order.
 
     But where there are drafts and at most `most_checked_rows` rows in all, each work is a chunk: a
     graph without decode rows is smaller, and attention to a few rows reads a context once.
@@ -76,11 +87,14 @@ def mixed_work(
         *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
     )
     tiles = [num_tiles(work.start, dim) for work in works[:num_decode]]
+    if not num_decode or common is None:
+        common = Common(())
     placed = list(zip(works, ends.tolist(), slots, strict=True))
     return MixedWork(
         decode=decode,
         prefill=prefill,
-        starts=np.cumsum([0, *tiles], dtype=np.int32),
+        starts=np.cumsum([0, *common.own_tiles(tiles)], dtype=np.int32),
+        common=np.array([common.num_rows, common.num_tiles], dtype=np.int32),
         chunks=[
             (end - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
             for work, end, slot in placed[num_decode:]

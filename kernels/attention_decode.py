@@ -18,6 +18,7 @@ import triton.language as tl
 from attrs import evolve, frozen
 from torch import Tensor
 
+from agentrt.kernels.attention_common import QUERY_ROWS, common_attention_kernel
 from agentrt.kernels.attention_unit import attend_unit, locate
 from agentrt.kernels.dependent import start_next, wait_previous
 from agentrt.kernels.gemv import launch_options
@@ -163,7 +164,9 @@ class DecodeWork:
     ) -> DecodeWork:
         """For a device that runs `num_programs` programs at once, and rows up to `max_batch`."""
         group = triton.next_power_of_2(num_heads // kv_heads)
-        shares = (num_programs * 3 // 2 + max_batch * kv_heads) * group
+        # A unit of common tiles leaves a share for each of its rows.
+        most_units = num_programs * 3 // 2 * (1 + members(group)) + 2 * max_batch * kv_heads
+        shares = most_units * group
         return cls(
             num_programs,
             torch.empty(shares * dim, dtype=torch.float32, device=device),
@@ -188,6 +191,14 @@ class DecodeRows:
     positions: Tensor  # [batch]
     starts: Tensor  # [batch + 1], see the kernel
     tables: Tensor  # [slots, blocks of the longest context]
+    # [2]: how many rows, the first ones, have how many tiles in common (see `attention_common`);
+    # these are not among `starts`.
+    common: Tensor | None = None
+
+
+def members(group: int) -> int:
+    """How many rows, of `group` query heads a kv head (padded), one unit of common tiles serves."""
+    return max(1, QUERY_ROWS // group)
 
 
 def tile_tokens(dim: int) -> int:
@@ -232,7 +243,48 @@ def decode_attention(
     `choose_stages`) changes the time alone, `num_warps` the bits too."""
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
-    group = heads // kv_heads
+    group = triton.next_power_of_2(heads // kv_heads)
+    if rows.common is not None:
+        assert scales is None, "no kernel reads 8 bits for several rows"
+        shared, num_members = -(-batch // members(group)), members(group)
+        common_attention_kernel[(work.num_programs + (batch + shared) * kv_heads,)](
+            qkv,
+            kv[0],
+            kv[1],
+            out,
+            rows.tables,
+            rows.slots,
+            rows.positions,
+            rows.starts,
+            rows.common,
+            cos,
+            sin,
+            cos if norms is None else norms[0],
+            cos if norms is None else norms[1],
+            work.partial,
+            work.peaks,
+            work.counters,
+            batch,
+            work.num_programs,
+            eps,
+            dim**-0.5,
+            max(MAX_BATCH, triton.next_power_of_2(batch)),
+            heads,
+            kv_heads,
+            dim,
+            block_tokens,
+            rows.tables.shape[1],
+            tile_tokens(dim),
+            num_stages,
+            norms is not None,
+            group,
+            num_members,
+            32 * num_warps,
+            pdl,
+            num_warps=num_warps,
+            **launch_options(pdl),
+        )
+        return out
     decode_attention_kernel[(work.num_programs + batch * kv_heads,)](
         qkv,
         kv[0],
@@ -263,7 +315,7 @@ def decode_attention(
         tile_tokens(dim),
         num_stages,
         norms is not None,
-        triton.next_power_of_2(group),
+        group,
         32 * num_warps,
         pdl,
         num_warps=num_warps,

@@ -80,7 +80,7 @@ def attend_unit(
     num_units,
     query_norm,  # [D], if NORM
     key_norm,
-    cosines,  # [D]
+    cosines,  # [1, D]
     sines,
     partial,  # [places, GP, D] scratch, float32
     peaks,  # [places, 2, GP]: the largest score (log2), and the sum of the weights

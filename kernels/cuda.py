@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import Geometry, Linear, Normal, Segment, StepInputs
-from agentrt.kernels.attention_decode import DecodeWork, num_tiles
+from agentrt.kernels.attention_decode import DecodeWork, members, num_tiles
 from agentrt.kernels.attention_prefill import PrefillTiles, plan_tiles
 from agentrt.kernels.cuda_attention import Attention
 from agentrt.kernels.cuda_products import (
@@ -188,6 +188,11 @@ class CudaOps:
     def pack_rotation(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return angles.cos().to(like.device), angles.sin().to(like.device)
 
+    def shares_common(self, geometry: Geometry) -> bool:
+        """Whether decode rows may have tiles in common (see `attention_common`)."""
+        group = triton.next_power_of_2(geometry.num_heads // geometry.num_kv_heads)
+        return not self.deterministic and self.kv_scales is None and members(group) > 1
+
     def products(self, num_rows: int, eps: float, scratch: Scratch) -> Products:
         """How `num_rows` rows are multiplied."""
         if self.deterministic:
@@ -247,9 +252,11 @@ class CudaOps:
         outputs: Tensor,
         prefix_blocks: Tensor | None = None,
         most_rows: int = 0,
+        common: Tensor | None = None,
     ) -> CudaStep:
         """A step of decode rows and chunks whose tables are on the device. `prefix_blocks` are
-        full blocks before the only chunk, if cuDNN is to attend to them, for `most_rows` rows."""
+        full blocks before the only chunk, if cuDNN is to attend to them, for `most_rows` rows;
+        `common` is what decode rows have in common, see DecodeRows."""
         num_decode, dim = starts.shape[0] - 1, geometry.head_dim
         attention = Attention(
             rows=rows,
@@ -264,6 +271,7 @@ class CudaOps:
             counters=scratch.prefill if tiles.shape[0] <= MAX_SHARED_TILES else None,
             prefix_blocks=prefix_blocks,
             most_rows=most_rows,
+            common=common,
         )
         products, of_outputs = (
             self.products(len(each), geometry.norm_eps, scratch)
@@ -282,9 +290,11 @@ class CudaOps:
         scratch: Scratch,
         *,
         is_long: bool = False,
+        common: Tensor | None = None,
     ) -> CudaStep:
         """A step of decode rows alone, all on the device: what a graph is captured from. `is_long`
-        makes it faster where contexts are long (see `choose_stages`, `DecodeWork.for_contexts`)."""
+        makes it faster where contexts are long (see `choose_stages`, `DecodeWork.for_contexts`);
+        `common`: see DecodeRows."""
         batch = rows.token_ids.shape[0]
         attention = Attention(
             rows=rows,
@@ -295,6 +305,7 @@ class CudaOps:
             work=scratch.decode.for_contexts(geometry.head_dim, batch, is_long=is_long),
             pdl=self.pdl,
             is_long=is_long,
+            common=common,
             ordered=self._ordered_decode(scratch),
         )
         products = self.products(batch, geometry.norm_eps, scratch)

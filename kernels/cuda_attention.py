@@ -32,6 +32,7 @@ class Attention:
     work: DecodeWork
     pdl: bool
     is_long: bool = False  # the decode rows' contexts, see `choose_stages`
+    common: Tensor | None = None  # to the decode rows, see DecodeRows
     ordered: OrderedDecodeWork | None = None  # if the sums have one order
     counters: Tensor | None = None  # of tiles that programs share, zero
     prefix_blocks: Tensor | None = None  # of the only chunk: what `attend_prefix` serves
@@ -53,7 +54,9 @@ class Attention:
         rows, num = self.rows, self.num_decode
         if num:
             assert self.starts is not None
-            decode = DecodeRows(rows.slots[:num], rows.positions[:num], self.starts, rows.tables)
+            decode = DecodeRows(
+                rows.slots[:num], rows.positions[:num], self.starts, rows.tables, self.common
+            )
             decode_attention(
                 qkv[:num],
                 kv,

@@ -14,11 +14,20 @@ from agentrt.kernels.narrow import narrowed
 
 @triton.jit
 def angles_at(cos, sin, position, D: tl.constexpr):
-    """Cosines and signed sines [D] of a position."""
+    """Cosines and signed sines [1, D] of a position."""
     columns = tl.arange(0, D)
     cosines = tl.load(cos + position * (D // 2) + columns % (D // 2))
     sines = tl.load(sin + position * (D // 2) + columns % (D // 2))
-    return cosines, tl.where(columns < D // 2, -sines, sines)
+    return cosines[None, :], tl.where(columns < D // 2, -sines, sines)[None, :]
+
+
+@triton.jit
+def row_angles(cos, sin, positions, D: tl.constexpr):
+    """The same [rows, D] of a position a row."""
+    columns = tl.arange(0, D)
+    cells = positions[:, None] * (D // 2) + (columns % (D // 2))[None, :]
+    sines = tl.load(sin + cells)
+    return tl.load(cos + cells), tl.where((columns < D // 2)[None, :], -sines, sines)
 
 
 @triton.jit
@@ -37,7 +46,7 @@ def rotate(
     values,  # [H, D], and `turned`, from load_heads
     turned,
     norm,  # [D], if NORM
-    cosines,  # [D], and `sines`, from angles_at
+    cosines,  # [1 or H, D], and `sines`, from angles_at or row_angles
     sines,
     eps,
     D: tl.constexpr,
@@ -52,7 +61,7 @@ def rotate(
         values = values * factor * tl.load(norm + columns).to(tl.float32)[None, :]
         others = tl.load(norm + (columns + D // 2) % D).to(tl.float32)
         turned = turned * factor * others[None, :]
-    return values * cosines[None, :] + turned * sines[None, :]
+    return values * cosines + turned * sines
 
 
 @triton.jit(

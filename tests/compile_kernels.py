@@ -10,9 +10,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from agentrt.kernels.attention_common import common_attention_kernel
 from agentrt.kernels.attention_decode import (
     choose_stages,
     decode_attention_kernel,
+    members,
     tile_tokens,
 )
 from agentrt.kernels.attention_prefill import PrefillTiles, prefill_attention_kernel
@@ -28,7 +30,7 @@ POINTERS = {
     "*bf16": "weight bias norm x out copy next_norm next_scaled qkv key_cache value_cache "
     "query_norm key_norm prefix_out",
     "*fp32": "scales squares next_squares partial cos sin peaks prefix_lse",
-    "*i32": "counters tables slots positions starts tiles",
+    "*i32": "counters tables slots positions starts tiles common",
     "fp32": "eps scale",
     "i32": "batch capacity prefix num_rows_all num_tokens",
 }
@@ -96,6 +98,10 @@ def attention(dim, kind="", types=None):
         constants |= {"THREADS": 128, "STAGES": stages}
         made = compiled(decode_attention_kernel, constants, types, num_warps=4, launch_pdl=True)
         yield f"decode{kind}_{dim}_{batch}" + ("_long" if is_long else ""), made
+    if not kind:
+        constants |= {"MEMBERS": members(4)}
+        made = compiled(common_attention_kernel, constants, types, num_warps=4, launch_pdl=True)
+        yield f"decode-common_{dim}", made
     for length in (200, 2048):
         shape = PrefillTiles.choose(dim, length, 8, 4)
         tile = {"M": shape.rows, "TILE": shape.keys, "STAGES": shape.num_stages, "PREFIX": False}

@@ -219,9 +219,9 @@ def test_long_contexts_have_graphs_of_their_own(
     asked = []
     get = type(runner.graphs).get
 
-    def spy(graphs, num_rows, *, is_long):
-        asked.append(is_long)
-        return get(graphs, num_rows, is_long=is_long)
+    def spy(graphs, num_rows, contexts):
+        asked.append(contexts)
+        return get(graphs, num_rows, contexts)
 
     monkeypatch.setattr(type(runner.graphs), "get", spy)
     tile_bytes = 128 * 2 * 16 * 2  # tokens, keys and values of one head, bfloat16
@@ -229,7 +229,7 @@ def test_long_contexts_have_graphs_of_their_own(
     prompts = [*PROMPTS, [6, 7, 8]]
     got = Drive(runner, None).run([*requests_of(PROMPTS, 3), *requests_of(prompts[2:], 6)])
     assert_same(runner, PROMPTS, [output[:3] for output in plain], got[:2])
-    assert asked == [True, True, False, False, False]
+    assert asked == ["long", "long", "short", "short", "short"]
     for bucket in (1, 2, 4):
-        graphs = [runner.graphs.get(bucket, is_long=is_long) for is_long in (False, True)]
+        graphs = [runner.graphs.get(bucket, contexts) for contexts in ("short", "long")]
         assert (graphs[0] is not graphs[1]) == runner.graphs._differs_if_long(bucket)

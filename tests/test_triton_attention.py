@@ -13,6 +13,7 @@ from agentrt.kernels.attention_decode import (
     choose_stages,
     decode_attention,
     num_tiles,
+    tile_tokens,
 )
 from agentrt.kernels.attention_prefill import (
     PrefillTiles,
@@ -117,16 +118,21 @@ def attend_decode(
     num_programs: int = 7,
     *,
     is_long: bool = False,
+    common: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Attention of rows, and their keys and values into case.kv."""
+    """Attention of rows, and their keys and values into case.kv; rows of a negative position are
+    idle. `common`: see DecodeRows."""
     made, starts = case.geometry, [0]
-    for position in positions:
-        starts.append(starts[-1] + num_tiles(position, made.head_dim))
     dim = made.head_dim
+    for row, position in enumerate(positions):
+        ahead = 0 if common is None or row >= common[0] else common[1]
+        own = max(1, num_tiles(position, dim) - ahead) if position >= 0 else 0
+        starts.append(starts[-1] + own)
     work = DecodeWork.allocate(num_programs, 8, made.num_heads, made.num_kv_heads, dim, DEVICE)
     rows = DecodeRows(
         *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (slots, positions, starts)),
         case.tables,
+        None if common is None else torch.tensor(common, dtype=torch.int32, device=DEVICE),
     )
     out = qkv.new_full((len(slots), made.num_heads * made.head_dim), float("nan"))
     decode_attention(
@@ -191,6 +197,33 @@ def test_a_deeper_pipeline_gives_the_same_bits(dim: int) -> None:
     assert choose_stages(dim, 4, is_long=True) == 1 < choose_stages(dim, 8, is_long=True)
     short = attend_decode(case, qkv, slots, positions)
     assert torch.equal(attend_decode(case, qkv, slots, positions, is_long=True), short)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "num_common", "num_programs"),
+    [(8, 2, 5, 1), (8, 2, 5, 64), (8, 2, 0, 5), (2, 1, 3, 5), (3, 1, 4, 9)],
+)
+def test_what_rows_have_in_common_is_read_for_several_at_once(
+    heads: int, kv_heads: int, num_common: int, num_programs: int
+) -> None:
+    """Rows of which the first begin with the same two tiles, another, and an idle one."""
+    dim, block_tokens = 32, 16
+    case = make(heads, kv_heads, dim, True, block_tokens)
+    tiles, tile = 2, tile_tokens(dim)
+    slots, positions = [0, 1, 2, 3, 4, 5], [300, 256, 390, 600, 257, 130]
+    blocks, first = tiles * tile // block_tokens, 0
+    for slot, position in zip(slots, positions, strict=True):
+        first += len(case.place(slot, first, position + 1))
+    case.tables[1:num_common, :blocks] = case.tables[0, :blocks]
+    qkv = torch.randn(7, (heads + 2 * kv_heads) * dim).to(DEVICE, torch.bfloat16)
+    kv = case.kv.clone()
+    expected = attend_decode(case, qkv[:6], slots, positions, 1)
+    after = case.kv.clone()
+    case.kv.copy_(kv)
+    slots, positions = [*slots, 7], [*positions, -1]
+    out = attend_decode(case, qkv, slots, positions, num_programs, common=(num_common, tiles))
+    assert torch.equal(case.kv, after)
+    assert relative_error(out[:6], expected) < 2e-3
 
 
 def test_tiles_count_the_row_itself() -> None:
