@@ -37,7 +37,7 @@ from agentrt.kernels.cuda import CudaOps, Scratch
 from agentrt.kernels.cuda_products import Rows
 from agentrt.kernels.dispatch import Compute
 from agentrt.kernels.sample import sample_rows
-from agentrt.mixed_graph import MixedGraphs
+from agentrt.mixed_graph import MOST_CHECKED_ROWS, MixedGraphs
 from agentrt.models.llama import LlamaModel
 from agentrt.runner import begin_masks, copy_blocks, kv_pool
 from agentrt.sampler import Sampled, is_drawn_on_device, sample
@@ -49,17 +49,17 @@ from agentrt.transfer_cuda import CudaCopier
 
 Array = NDArray[np.int32]
 
-# Rows of a step with drafts up to which its products read the weights once: decode rows and drafts.
-MOST_CHECKED_ROWS = 64
 # A decode step is bound by the weights: up to 16 rows cost as much as two, and the look-ahead that
-# a step with drafts gives up costs more than they do. With guesses for 32 rows, whose search takes
-# the host as long as the device needs for a step, a token (1B shape, H100) took 1.82 ms, not 1.61.
+# a step with drafts gives up costs more than they do. Of 8 rows (1B shape, H100) with a guess each,
+# all of them right, two tokens took 3.2 ms, and one without a guess 1.2: so at least two must be
+# right. With guesses for 32 rows, whose search takes the host as long as the device needs for a
+# step, a token took 1.82 ms, not 1.61.
 CUDA_LIMITS = DraftLimits(
     guess_rows=16,
     most_rows=MOST_CHECKED_ROWS,
     min_match_tokens=3,
     least_tokens=7,
-    guesses_a_request=1.0,
+    guesses_a_request=2.0,
 )
 # Keys and values that a decode step reads in a layer, from which on its contexts count as long (see
 # `choose_stages`): between 32 rows of 1,024 tokens (1B shape, 76 MB) and 8 of 16,384 (270).

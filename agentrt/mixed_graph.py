@@ -30,6 +30,9 @@ from agentrt.step_rows import MixedWork
 
 MAX_DECODE = 64
 MAX_OUTPUTS = 64
+MAX_CHUNKS = 16  # in steps that check no drafts
+# Rows of a step with drafts up to which its products read the weights once: decode rows and drafts.
+MOST_CHECKED_ROWS = 64
 SMALL_ROWS = (16, 32)  # of chunks, without decode rows
 # Of a graph in all. An H100 takes 192 us for the products of a layer (8B shape) of 192 rows, 237
 # for 320, 314 for 512, 401 for 576 and 603 for 1,024.
@@ -47,6 +50,7 @@ class Layout:
     shape: PrefillTiles
     num_tiles: int
     num_outputs: int
+    num_chunks: int
     sizes: tuple[int, ...]
 
     @classmethod
@@ -55,8 +59,11 @@ class Layout:
         shape, tiles = ops.plan_chunks([(0, 0, num_rows, 0)], geometry)
         rows = num_decode + num_rows
         num_outputs = min(rows, MAX_OUTPUTS)
-        # Every further chunk may add a tile; none is without a row.
-        num_tiles = min(len(tiles) + num_outputs, num_rows)
+        checks = not num_decode and num_rows <= MOST_CHECKED_ROWS
+        num_chunks = num_rows if checks else MAX_CHUNKS
+        # Every further chunk may add a tile; none is without a row. Programs of those that are not
+        # needed end at once, but thousands of them take a layer microseconds.
+        num_tiles = min(len(tiles) + num_chunks, num_rows)
         sizes = (rows, rows, rows, num_decode + 1, 4 * num_tiles, *[num_outputs] * 4, 1, 2)
         return cls(
             num_decode=num_decode,
@@ -64,6 +71,7 @@ class Layout:
             shape=shape,
             num_tiles=num_tiles,
             num_outputs=num_outputs,
+            num_chunks=num_chunks,
             sizes=sizes,
         )
 
@@ -73,7 +81,7 @@ class Layout:
             len(work.decode[0]) <= self.num_decode
             and len(work.prefill[0]) <= self.num_rows
             and len(work.outputs[0]) <= self.num_outputs
-            and len(work.chunks) <= self.num_outputs
+            and len(work.chunks) <= self.num_chunks
         )
 
     @property

@@ -25,7 +25,7 @@ MIN_MATCH_TOKENS = 2
 MAX_MATCH_TOKENS = 16
 MAX_DRAFT_TOKENS = 15
 FIRST_DRAFT_TOKENS = 4
-MOST_STEPS_WITHOUT = 32
+MOST_STEPS_WITHOUT = 64
 # What was written lately, by namespace: enough for some dozens of turns, searched in 50 us.
 RECENT_TOKENS = 16_384
 
@@ -38,8 +38,8 @@ class DraftLimits:
     most_rows: int | None = None  # a step's rows at most, with what a grammar forces; None: any
     min_match_tokens: int = MIN_MATCH_TOKENS  # that must agree before what followed is a guess
     least_tokens: int = 1  # of a guess, where that many followed: fewer would cost as much
-    # Expected to be right, for each decoding request of the step: below it none guesses, as every
-    # one of them would wait for the drafts of a few.
+    # Right tokens for each decoding request from which on a step with guesses pays: where fewer are
+    # expected none guesses, as all would wait for the drafts of a few.
     guesses_a_request: float = 0.0
 
     def may_guess(self, num_requests: int) -> bool:
@@ -85,6 +85,7 @@ class Pace:
     """How many tokens to guess for one request, from how many guesses were right."""
 
     num_tokens: int = FIRST_DRAFT_TOKENS
+    expected_tokens: int = FIRST_DRAFT_TOKENS  # of them, to be right
     steps_without: int = 0  # still to go
     _misses: int = 0  # one after the other
 
@@ -95,13 +96,17 @@ class Pace:
             return 0
         return self.num_tokens
 
-    def note(self, num_drafted: int, num_right: int) -> None:
-        """Learn from a draft: longer while all is right; after misses, seldom."""
+    def note(self, num_drafted: int, num_right: int, least_right: float = 1.0) -> None:
+        """Learn from a draft: longer while all is right; after misses, which are those with fewer
+        than `least_right`, seldom, and then with new hope."""
         if num_right == num_drafted:
-            self.num_tokens = min(2 * num_drafted + 1, MAX_DRAFT_TOKENS)
+            self.num_tokens = self.expected_tokens = min(2 * num_drafted + 1, MAX_DRAFT_TOKENS)
         else:
-            self.num_tokens = max(num_right + 1, 2)
-        self._misses = 0 if num_right else self._misses + 1
+            self.num_tokens, self.expected_tokens = max(num_right + 1, 2), num_right
+        if num_right >= min(least_right, num_drafted):
+            self._misses = 0
+        else:
+            self._misses, self.expected_tokens = self._misses + 1, FIRST_DRAFT_TOKENS
         if self._misses > 1:
             self.steps_without = min(2 ** (self._misses - 1), MOST_STEPS_WITHOUT)
 
@@ -145,7 +150,7 @@ class Drafter:
         drafts, expected = [], 0
         for request in requests:
             num_draft = self.draft(request, most_rows - num_rows, guess_rows - num_rows)
-            expected += min(num_draft - request.num_forced, request.pace.num_tokens)
+            expected += min(num_draft - request.num_forced, request.pace.expected_tokens)
             num_rows += num_draft
             drafts.append(num_draft)
         if expected < limits.guesses_a_request * len(requests):
@@ -187,7 +192,8 @@ class Drafter:
         self.num_right += num_right
         num_guessed = num_draft - request.num_forced
         if num_guessed > 0:
-            request.pace.note(num_guessed, max(num_right - request.num_forced, 0))
+            num_right = max(num_right - request.num_forced, 0)
+            request.pace.note(num_guessed, num_right, max(self.limits.guesses_a_request, 1.0))
 
     def finished(self, request: Request) -> None:
         """Remember what a request wrote."""

@@ -25,7 +25,7 @@ from attrs import define
 from gpu_decode import decode_ms, options, parser_of, report, settings, shape_of, tokens
 
 from agentrt import Completion, Engine, EngineConfig, GenerateOptions
-from agentrt.cuda_runner import MOST_CHECKED_ROWS
+from agentrt.mixed_graph import MOST_CHECKED_ROWS
 from agentrt.speculate import Drafter, DraftLimits
 
 CONTEXT = 1024

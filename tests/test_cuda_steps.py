@@ -124,6 +124,7 @@ def test_mixed_then_decode(model: LlamaModel) -> None:
             np.concatenate([np.arange(37), np.arange(20)]).astype(np.int32),
         ),
         starts=ints(0),
+        common=ints(0, 0),
         chunks=[(0, 0, 37, 0), (37, 0, 20, 3)],
         outputs=(ints(36), ints(0), zeros[:1], zeros[:1]),
     )
@@ -136,6 +137,7 @@ def test_mixed_then_decode(model: LlamaModel) -> None:
         decode=(ints(-1), ints(0), ints(37)),
         prefill=(ints(*second[20:]), ints(3, 3, 3, 3, 3), np.arange(20, 25, dtype=np.int32)),
         starts=ints(0, 1),
+        common=ints(0, 0),
         chunks=[(0, 20, 5, 3)],
         outputs=(ints(0, 5), ints(0, 3), zeros, zeros),
     )
@@ -170,7 +172,8 @@ def decode(memory: Memory, first: list[int], second: list[int]) -> None:
     given = {"token_ids": [-1, -1], "slots": [0, 3], "positions": [len(first), len(second)]}
     tokens = [int(memory.last_tokens[slot]) for slot in given["slots"]]
     assert num_tiles(len(first), 16) == 1
-    flat = ints(*[0] * WIDTH, *[IDLE] * WIDTH, *[0] * (3 * WIDTH), 0, 1, 2, 2, 2, 2 * WIDTH)
+    flat = ints(*[0] * WIDTH, *[IDLE] * WIDTH, *[0] * (3 * WIDTH), 0, 1, 2, 2, 2)
+    flat = np.concatenate([flat, ints(0, 0, 2 * WIDTH)])  # nothing in common; the outbox
     for index, name in enumerate(FIELDS[:3]):
         flat[index * WIDTH : index * WIDTH + 2] = given[name]
     inputs.write(np.full_like(flat, IDLE))  # of a step before

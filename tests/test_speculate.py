@@ -62,6 +62,25 @@ def test_the_pace_follows_what_was_right():
     assert [pace.next() for _ in range(5)] == [0, 0, 0, 0, 2]
 
 
+def test_drafts_that_did_not_pay_are_misses():
+    """One of two wanted right again and again: less and less often, and each time with hope."""
+    pace, waited = Pace(), []
+    for _ in range(9):
+        assert pace.expected_tokens == 4
+        pace.note(4, 1, least_right=2.0)
+        steps = 0
+        while not pace.next():
+            steps += 1
+        waited.append(steps)
+    assert waited == [0, 2, 4, 8, 16, 32, 64, 64, 64]
+    pace.note(4, 3, least_right=2.0)
+    assert (pace.expected_tokens, pace.num_tokens) == (3, 4)
+    pace.note(4, 4, least_right=2.0)
+    assert pace.expected_tokens == 9
+    pace.note(1, 1, least_right=2.0)  # there was no room for more
+    assert pace.next()
+
+
 class Forces:
     """A grammar that leaves one text only, and takes any other too."""
 
