@@ -30,7 +30,9 @@ from agentrt.step_rows import MixedWork
 
 MAX_DECODE = 64
 MAX_OUTPUTS = 64
-MAX_CHUNKS = 16  # in steps that check no drafts
+# In steps that check no drafts there is room for so many chunks, or for as many of so many rows.
+MIN_CHUNKS = 16
+MIN_CHUNK_ROWS = 16
 # Rows of a step with drafts up to which its products read the weights once: decode rows and drafts.
 MOST_CHECKED_ROWS = 64
 SMALL_ROWS = (16, 32)  # of chunks, without decode rows
@@ -60,7 +62,8 @@ class Layout:
         rows = num_decode + num_rows
         num_outputs = min(rows, MAX_OUTPUTS)
         checks = not num_decode and num_rows <= MOST_CHECKED_ROWS
-        num_chunks = num_rows if checks else MAX_CHUNKS
+        num_chunks = num_rows if checks else max(MIN_CHUNKS, num_rows // MIN_CHUNK_ROWS)
+        num_chunks = min(num_chunks, num_outputs)
         # Every further chunk may add a tile; none is without a row. Programs of those that are not
         # needed end at once, but thousands of them take a layer microseconds.
         num_tiles = min(len(tiles) + num_chunks, num_rows)

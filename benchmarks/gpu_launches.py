@@ -84,7 +84,7 @@ class Steps:
         fields = flat[: len(FIELDS) * width].reshape(len(FIELDS), width)
         fields[0], fields[1], fields[2] = tokens, range(width), position
         tiles = num_tiles(position, self.model.geometry.head_dim)
-        flat[len(FIELDS) * width : -1] = tiles * np.arange(width + 1)
+        flat[len(FIELDS) * width : -3] = tiles * np.arange(width + 1)
         torch.cuda.synchronize()
         self.inputs.ring[:] = torch.from_numpy(flat)
 

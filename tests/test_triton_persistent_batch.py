@@ -96,7 +96,7 @@ class Batch:
         fields[4, DRAWN] = np.float32(0.8).view(np.int32)
         tiles = np.zeros(width, dtype=np.int32)
         tiles[rows] = [num_tiles(positions[row], dim) for row in rows]
-        flat[len(FIELDS) * width + 1 : -1] = tiles.cumsum()
+        flat[len(FIELDS) * width + 1 : -3] = tiles.cumsum()
         graphs.inputs.ring[:] = torch.from_numpy(flat)
         graphs.inputs.outbox.fill_(-1)
 
