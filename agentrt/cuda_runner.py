@@ -118,6 +118,7 @@ class CudaRunner:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
         )
         width = max(config.max_batch, BUCKETS[-1])
         most_outputs = width + MOST_CHECKED_ROWS

@@ -162,14 +162,24 @@ class CudaOps:
         assert not (self.deterministic and self.cudnn), "cuDNN sums in an order of its own"
         assert self.kv_scales is None or not self.deterministic
 
-    def check(self, *, num_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int) -> None:
+    def check(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        intermediate_size: int,
+    ) -> None:
         """Raise ConfigError on a shape that the kernels are not made for."""
         group = num_heads // num_kv_heads
-        if head_dim not in HEAD_DIMS or group > MAX_GROUP or hidden_size % 16:
+        widths = hidden_size, intermediate_size  # rows of weights are read 16 bytes at a time
+        if head_dim not in HEAD_DIMS or group > MAX_GROUP or any(width % 16 for width in widths):
             raise ConfigError(
                 f"the Triton kernels serve head_dim in {HEAD_DIMS}, at most {MAX_GROUP} query "
-                f"heads a kv head and hidden_size a multiple of 16, not {head_dim}, {group} and "
-                f"{hidden_size}: use dtype='float32', which runs on plain torch"
+                f"heads a kv head, hidden_size and intermediate_size multiples of 16, not "
+                f"{head_dim}, {group}, {hidden_size} and {intermediate_size}: use dtype='float32', "
+                f"which runs on plain torch"
             )
         if self.kv_scales is not None and head_dim < LEAST_NARROW_DIM:
             raise ConfigError(

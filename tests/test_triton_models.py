@@ -39,8 +39,10 @@ def triton_model(folder: Path, **options: bool) -> LlamaModel:
         return LlamaModel.build(spec, ops, placed, 512)
 
 
-def logits_of(model: LlamaModel, chunks: list[int], block_tokens: int = 16) -> torch.Tensor:
-    """As in test_models, on the device."""
+def logits_of(
+    model: LlamaModel, chunks: list[int], block_tokens: int = 16, most_rows: int = 1000
+) -> torch.Tensor:
+    """As in test_models, on the device; of each chunk's last rows, `most_rows` at most."""
     spec = model.spec
     blocks = tuple(reversed(range(-(-len(TOKENS) // block_tokens))))
     shape = (spec.num_layers, 2, len(blocks), spec.num_kv_heads, block_tokens, spec.head_dim)
@@ -49,7 +51,7 @@ def logits_of(model: LlamaModel, chunks: list[int], block_tokens: int = 16) -> t
         for size in chunks:
             ids = torch.tensor(TOKENS[start : start + size], device=DEVICE)
             positions = torch.arange(start, start + size, device=DEVICE)
-            rows = torch.arange(size, device=DEVICE)
+            rows = torch.arange(max(size - most_rows, 0), size, device=DEVICE)
             segments = (Segment(0, size, start, blocks),)
             parts.append(model.forward(ids, positions, segments, kv, rows))
             start += size
@@ -58,19 +60,21 @@ def logits_of(model: LlamaModel, chunks: list[int], block_tokens: int = 16) -> t
 
 def test_equals_transformers(folder: Path) -> None:
     """Prefill by cuBLAS, by skinny products, and decode by either kind; then all in one order."""
-    expected = reference_logits(folder)
-    for options, chunks in (({}, [100, 47, 1, 1, 1]), ({"deterministic": True}, [70, 1, 1])):
-        logits = logits_of(triton_model(folder, **options), chunks)
-        assert relative_error(logits[: len(expected)], expected[: len(logits)]) < 0.05
+    all_expected, most_rows = reference_logits(folder), 3
+    for options, chunks in (({}, [100, 47, 1, 1, 1]), ({"deterministic": True}, [20, 1, 1])):
+        logits = logits_of(triton_model(folder, **options), chunks, most_rows=most_rows)
+        rows, end = [], 0
+        for size in chunks:
+            rows += range(end + max(size - most_rows, 0), end + size)
+            end += size
+        assert relative_error(logits, all_expected[rows]) < 0.05
 
 
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
-@pytest.mark.parametrize(("deterministic", "size"), [(False, 65), (True, 10)])
-def test_only_the_output_rows_leave_the_last_layer(
-    folder: Path, deterministic: bool, size: int
-) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_the_output_rows_leave_the_last_layer(folder: Path, deterministic: bool) -> None:
     """All rows, one (by other products) and none: the same logits, the same pool."""
-    model = triton_model(folder, deterministic=deterministic)
+    model, size = triton_model(folder, deterministic=deterministic), 10
     spec = model.spec
     ids, positions = torch.tensor(TOKENS[:size], device=DEVICE), torch.arange(size, device=DEVICE)
     blocks = tuple(range(5))
@@ -93,14 +97,16 @@ def test_only_the_output_rows_leave_the_last_layer(
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 def test_fp8_weights_are_near(folder: Path) -> None:
     expected = reference_logits(folder)
-    logits = logits_of(triton_model(folder, fp8=True), [148, 1, 1])
-    assert relative_error(logits, expected) < 0.3
+    logits = logits_of(triton_model(folder, fp8=True), [70, 1, 1])
+    assert relative_error(logits, expected[: len(logits)]) < 0.3
 
 
 def test_a_shape_that_is_not_served_is_refused() -> None:
     ops = CudaOps(DEVICE)
-    ops.check(num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=4096)
-    for wrong in ({"head_dim": 80}, {"num_kv_heads": 1}, {"hidden_size": 100}):
-        shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096, **wrong}
+    served = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096}
+    served["intermediate_size"] = 14336
+    ops.check(**served)
+    wrong = {"head_dim": 80, "num_kv_heads": 1, "hidden_size": 100, "intermediate_size": 300}
+    for name, value in wrong.items():
         with pytest.raises(ConfigError, match="float32"):
-            ops.check(**shape)
+            ops.check(**served | {name: value})
