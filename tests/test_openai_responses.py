@@ -82,6 +82,7 @@ async def test_events_of_calls_follow_those_of_the_text(tokenizer, template):
             ("add", {"a": 1, "b": 2}), ("subtract", {"a": 3, "b": 4}),
         ]  # fmt: skip
         assert len({c.call_id for c in made}) == 2
+        assert len({item.id for item in (text, *made)}) == 3
         for index, item in enumerate(made, start=1):
             deltas = [e.delta for e in events if e.type.endswith("arguments.delta")
                       and e.output_index == index]  # fmt: skip

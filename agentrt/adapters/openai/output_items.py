@@ -31,6 +31,9 @@ class OutputItems:
 
     tokenizer: Tokenizer
     items: list[dict[str, Any]] = field(factory=list, init=False)
+    # Drawn before the first token comes: a draw lets go of the interpreter's lock, and behind a
+    # first token it took up to 5 ms to come back while a step was prepared.
+    _id: str = field(factory=lambda: uuid4().hex, init=False)
     _is_open: bool = field(default=False, init=False)
 
     def push(self, said: Sequence[Said]) -> list[Event]:
@@ -62,6 +65,9 @@ class OutputItems:
         part: dict[str, Any] = self.items[-1]["content"][0]
         return part
 
+    def _new_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._id}{len(self.items):x}"
+
     def _event(self, kind: str, **more: Any) -> Event:
         where = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         return {"type": kind, **where, **more}
@@ -79,9 +85,9 @@ class OutputItems:
         part: dict[str, Any] = {"type": _PARTS[kind], "text": ""}
         if kind == "message":
             part |= {"annotations": [], "logprobs": []}
-            item: dict[str, Any] = {"id": f"msg_{uuid4().hex}", "role": "assistant"}
+            item: dict[str, Any] = {"id": self._new_id("msg"), "role": "assistant"}
         else:
-            item = {"id": f"rs_{uuid4().hex}", "summary": []}
+            item = {"id": self._new_id("rs"), "summary": []}
         events.append(self._opened({**item, "type": kind, "content": []}))
         events.append(self._event("response.content_part.added", content_index=0, part=dict(part)))
         self.items[-1]["content"] = [part]
@@ -89,7 +95,7 @@ class OutputItems:
 
     def _call_begun(self, part: CallBegun) -> list[Event]:
         events = self._closed("completed")
-        item = {"type": "function_call", "id": f"fc_{uuid4().hex}", "call_id": part.id}
+        item = {"type": "function_call", "id": self._new_id("fc"), "call_id": part.id}
         return [*events, self._opened({**item, "name": part.name, "arguments": ""})]
 
     def _opened(self, item: dict[str, Any]) -> Event:
