@@ -143,7 +143,7 @@ def open_parts(
         resolved,
         fingerprint,
         runner,
-        poster(event_loop),
+        poster(event_loop, gives_way=loaded.compute.device.type == "cpu"),
         precedence,
         device=loaded.compute.device.type,
         packing=disk_packing(config, loaded),

@@ -23,15 +23,17 @@ MOST_WAIT_S = 0.003  # also where the event loop is held up by something else
 @define(eq=False)
 class Poster:
     """Wakes the event loop once for a whole step's events. Those of requests that had none yet go
-    first, and the step thread gives way to them.
+    first, and where `gives_way` the step thread lets them pass.
 
     It would else go on to its next step with the interpreter's lock, while the event loop wakes: to
-    take the lock back cost the switch interval of 5 ms in one of ten first events (2 cores).
+    take the lock back cost the switch interval of 5 ms in one of ten first events (2 cores). Not so
+    beside a GPU, which would wait too, and where the step thread soon waits for it.
 
     State: `_begun`, of the step thread: sinks that had an event, and not their last one yet.
     """
 
     _event_loop: asyncio.AbstractEventLoop
+    gives_way: bool = True
     _begun: set[Sink] = field(factory=set, init=False)
 
     def post(self, events: Events) -> None:
@@ -42,7 +44,7 @@ class Poster:
             self._event_loop.call_soon_threadsafe(self._deliver, first, others, is_out)
         except RuntimeError:  # the event loop was closed under us: nobody is left to tell
             return
-        if first:
+        if first and self.gives_way:
             is_out.wait(MOST_WAIT_S)
 
     def _parted(self, events: Events) -> tuple[Events, Events]:
@@ -76,6 +78,8 @@ def _hand_out(events: Sequence[tuple[Sink, Any]]) -> None:
         sink(event)
 
 
-def poster(event_loop: asyncio.AbstractEventLoop) -> Callable[[Events], None]:
-    """A `post` that wakes `event_loop` once for a whole step's events."""
-    return Poster(event_loop).post
+def poster(
+    event_loop: asyncio.AbstractEventLoop, *, gives_way: bool = True
+) -> Callable[[Events], None]:
+    """A `post` that wakes `event_loop` once for a whole step's events: see Poster."""
+    return Poster(event_loop, gives_way).post

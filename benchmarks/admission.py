@@ -131,7 +131,7 @@ class NullEngine(Engine):
             resolved,
             fingerprint,
             self.runner,
-            poster(event_loop),
+            poster(event_loop, gives_way=False),
             Precedence(),
             device="cuda",
         )

@@ -52,7 +52,7 @@ LAYERS = [
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
         "decode_persistent",
-        *("mixed_graph", "step_device", "step_rows", "transfer", "transfer_cuda"),
+        *("mixed_graph", "common_prefix", "step_device", "step_rows", "transfer", "transfer_cuda"),
     },
     {"loop"},
     {
@@ -146,7 +146,7 @@ def test_threads_meet_asyncio_in_the_loop_alone():
     assert "agentrt.loop" in users
     assert users <= {
         *("agentrt.loop", "agentrt.engine", "agentrt.engine_parts", "agentrt.step_thread"),
-        *("agentrt.grammar", "agentrt.grammar_masks"),
+        *("agentrt.grammar", "agentrt.grammar_masks", "agentrt.poster"),
         *("agentrt.precedence", "agentrt.transfer", "agentrt.transfer_cuda"),
         *("agentrt.cache.disk", "agentrt.cache.disk_writer"),
     }

@@ -76,6 +76,12 @@ async def test_the_step_thread_gives_way_until_a_reader_two_turns_on_has_the_fir
     await asyncio.gather(*tasks)
 
 
+def test_beside_a_gpu_it_never_waits(log, no_limit):
+    event_loop = asyncio.new_event_loop()  # which does not turn
+    Poster(event_loop, gives_way=False).post([(Stream("a", log).deliver, delta("a"))])
+    event_loop.close()
+
+
 def test_it_does_not_wait_for_an_event_loop_that_does_not_turn(log):
     event_loop = asyncio.new_event_loop()
     Poster(event_loop).post([(Stream("a", log).deliver, delta("a"))])  # comes back
