@@ -12,6 +12,8 @@ The first tile of a program is in its registers before it waits for the kernel b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -244,80 +246,46 @@ def decode_attention(
     _, _, kv_heads, block_tokens, dim = kv.shape
     heads, batch = out.shape[1] // dim, out.shape[0]
     group = triton.next_power_of_2(heads // kv_heads)
+    kernel: Any = decode_attention_kernel
+    own: dict[str, object] = {"scales": cos if scales is None else scales}
+    num_ends = batch  # of rows: each may have a unit that is not whole
     if rows.common is not None:
         assert scales is None, "no kernel reads 8 bits for several rows"
-        shared, num_members = -(-batch // members(group)), members(group)
-        common_attention_kernel[(work.num_programs + (batch + shared) * kv_heads,)](
-            qkv,
-            kv[0],
-            kv[1],
-            out,
-            rows.tables,
-            rows.slots,
-            rows.positions,
-            rows.starts,
-            rows.common,
-            cos,
-            sin,
-            cos if norms is None else norms[0],
-            cos if norms is None else norms[1],
-            work.partial,
-            work.peaks,
-            work.counters,
-            batch,
-            work.num_programs,
-            eps,
-            dim**-0.5,
-            max(MAX_BATCH, triton.next_power_of_2(batch)),
-            heads,
-            kv_heads,
-            dim,
-            block_tokens,
-            rows.tables.shape[1],
-            tile_tokens(dim),
-            num_stages,
-            norms is not None,
-            group,
-            num_members,
-            32 * num_warps,
-            pdl,
-            num_warps=num_warps,
-            **launch_options(pdl),
-        )
-        return out
-    decode_attention_kernel[(work.num_programs + batch * kv_heads,)](
-        qkv,
-        kv[0],
-        kv[1],
-        out,
-        rows.tables,
-        rows.slots,
-        rows.positions,
-        rows.starts,
-        cos,
-        sin,
-        cos if norms is None else norms[0],
-        cos if norms is None else norms[1],
-        work.partial,
-        work.peaks,
-        work.counters,
-        cos if scales is None else scales,
-        batch,
-        work.num_programs,
-        eps,
-        dim**-0.5,
-        max(MAX_BATCH, triton.next_power_of_2(batch)),
-        heads,
-        kv_heads,
-        dim,
-        block_tokens,
-        rows.tables.shape[1],
-        tile_tokens(dim),
-        num_stages,
-        norms is not None,
-        group,
-        32 * num_warps,
-        pdl,
+        kernel, own = common_attention_kernel, {"common": rows.common, "MEMBERS": members(group)}
+        num_ends += -(-batch // members(group))
+    kernel[(work.num_programs + num_ends * kv_heads,)](
+        qkv=qkv,
+        key_cache=kv[0],
+        value_cache=kv[1],
+        out=out,
+        tables=rows.tables,
+        slots=rows.slots,
+        positions=rows.positions,
+        starts=rows.starts,
+        cos=cos,
+        sin=sin,
+        query_norm=cos if norms is None else norms[0],
+        key_norm=cos if norms is None else norms[1],
+        partial=work.partial,
+        peaks=work.peaks,
+        counters=work.counters,
+        batch=batch,
+        capacity=work.num_programs,
+        eps=eps,
+        scale=dim**-0.5,
+        BP=max(MAX_BATCH, triton.next_power_of_2(batch)),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=dim,
+        BLOCK_TOKENS=block_tokens,
+        TABLE=rows.tables.shape[1],
+        TILE=tile_tokens(dim),
+        STAGES=num_stages,
+        NORM=norms is not None,
+        GP=group,
+        THREADS=32 * num_warps,
+        PDL=pdl,
+        **own,
         num_warps=num_warps,
         **launch_options(pdl),
     )

@@ -5,6 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: other workers need the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx

@@ -149,7 +149,7 @@ def requests_of(prompts: list[list[int]]) -> list[Request]:
 
 def test_narrow_heads_are_refused() -> None:
     ops = CudaOps(DEVICE, kv_scales=torch.ones(1, 2, 2))
-    shape = {"num_heads": 8, "num_kv_heads": 2, "hidden_size": 128}
+    shape = {"num_heads": 8, "num_kv_heads": 2, "hidden_size": 128, "intermediate_size": 256}
     ops.check(**shape, head_dim=32)
     with pytest.raises(ConfigError, match="head_dim"):
         ops.check(**shape, head_dim=16)
