@@ -50,10 +50,10 @@ from agentrt.transfer_cuda import CudaCopier
 Array = NDArray[np.int32]
 
 # A decode step is bound by the weights: up to 16 rows cost as much as two, and the look-ahead that
-# a step with drafts gives up costs more than they do. Of 8 rows (1B shape, H100) with a guess each,
-# all of them right, two tokens took 3.2 ms, and one without a guess 1.2: so at least two must be
-# right. With guesses for 32 rows, whose search takes the host as long as the device needs for a
-# step, a token took 1.82 ms, not 1.61.
+# a step with drafts gives up costs more than they do. 8 rows (1B shape, H100) with room for one
+# guess each took 1.62 ms a token in one run of three, and 1.19 without: so at least two must be
+# expected to be right. With guesses for 32 rows, whose search takes the host as long as the device
+# needs for a step, a token took 1.82 ms, not 1.61.
 CUDA_LIMITS = DraftLimits(
     guess_rows=16,
     most_rows=MOST_CHECKED_ROWS,
