@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from attrs import evolve
@@ -21,6 +22,7 @@ from agentrt import (
     TurnFinished,
     tool,
 )
+from agentrt.config import default_cache_dir
 from agentrt.errors import EngineClosed, EngineFailed, RequestInvalid, SessionBusy, ToolInvalid
 from agentrt.turn import Turn
 
@@ -411,8 +413,13 @@ async def test_erase_keeps_what_a_fork_shares(tokenizer, template):
 
 
 @pytest.fixture
-async def smollm() -> AsyncIterator[Engine]:
-    config = EngineConfig(device_kv_bytes=256 << 20, max_context_tokens=2048)
+async def smollm(tmp_path: Path) -> AsyncIterator[Engine]:
+    """With a store of its own, as tests that run beside this one write to the default one."""
+    for name in ("models", "kernels"):
+        shared = default_cache_dir() / name
+        shared.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(shared)
+    config = EngineConfig(device_kv_bytes=256 << 20, max_context_tokens=2048, cache_dir=tmp_path)
     async with Engine("smollm2-135m", config) as engine:
         yield engine
 
