@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from agentrt.common_prefix import Common
@@ -47,13 +47,10 @@ class MixedWork:
     @classmethod
     def of_chunk(cls, position: int, num_rows: int, slot: int) -> MixedWork:
         """Rows of token 0 from `position` on, of which the last gives a token."""
-        zero, none = np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.int32)
-        rows = np.arange(num_rows, dtype=np.int32)
-        return cls(
-            decode=(none, none, none),
+        zero, rows = np.zeros(1, dtype=np.int32), np.arange(num_rows, dtype=np.int32)
+        return evolve(
+            cls.nothing(),
             prefill=(0 * rows, 0 * rows + slot, rows + position),
-            starts=zero,
-            common=np.zeros(2, dtype=np.int32),
             chunks=[(0, position, num_rows, slot)],
             outputs=(rows[-1:], zero + slot, zero, zero),
         )
