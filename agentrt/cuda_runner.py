@@ -23,7 +23,7 @@ from agentrt.cache import Copy
 from agentrt.common_prefix import Common, find_common
 from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
-from agentrt.decode_graph import BUCKETS, Contexts, DecodeGraphs, DecodeInputs
+from agentrt.decode_graph import BUCKETS, Contexts, DecodeGraphs, DecodeInputs, parts
 from agentrt.grammar_masks import Filling, MaskThread
 from agentrt.kernels.attention_decode import FEW_ROWS, num_tiles, tile_tokens
 from agentrt.kernels.attention_prefill import plan_tiles
@@ -262,7 +262,7 @@ class CudaRunner:
         works = common.works
         width, num = self.inputs.width, len(works)
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
-        fields = flat[: 5 * width].reshape(5, width)
+        fields, starts, in_common, outbox_at = parts(flat, width)
         fields[0, :num] = [work.request.tokens[work.start] for work in works]
         fields[1] = self.tables.idle_slot
         fields[1, :num] = slots
@@ -271,9 +271,9 @@ class CudaRunner:
         fields[4, :num] = temperatures.view(np.int32)
         dim = self.model.geometry.head_dim
         tiles = [num_tiles(work.start, dim) for work in works]
-        flat[5 * width : -3] = np.cumsum([0, *common.own_tiles(tiles), *[0] * (width - num)])
-        flat[-3:-1] = common.num_rows, common.num_tiles
-        flat[-1] = self._outbox_at
+        starts[:] = np.cumsum([0, *common.own_tiles(tiles), *[0] * (width - num)])
+        in_common[:] = common.num_rows, common.num_tiles
+        outbox_at[:] = self._outbox_at
         self._update_tables(updates)
         self.inputs.write(flat)
         contexts: Contexts = "long" if self._is_long(sum(tiles)) else "short"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ FIELDS = ("token_ids", "slots", "positions", "seeds", "temperatures")
 
 
 Contexts = Literal["short", "long", "common"]  # of the rows of a step
+Flat = TypeVar("Flat", Tensor, NDArray[np.int32])
+
+
+def parts(flat: Flat, width: int) -> tuple[Flat, Flat, Flat, Flat]:
+    """Views of a step's inputs (see DecodeInputs): FIELDS [5, width], the rows' first tiles
+    [width + 1], what rows have in common [2], and where the tokens go [1]."""
+    size = len(FIELDS) * width
+    return flat[:size].reshape(len(FIELDS), width), flat[size:-3], flat[-3:-1], flat[-1:]
 
 
 @define
@@ -76,20 +84,18 @@ class DecodeInputs:
     @property
     def outbox_at(self) -> Tensor:
         """Where in the flat outbox the step's tokens begin."""
-        return self.flat[-1:]
+        return parts(self.flat, self.width)[3]
 
     @property
     def common(self) -> Tensor:
-        return self.flat[-3:-1]
+        return parts(self.flat, self.width)[2]
 
     def get(self, name: str, rows: int) -> Tensor:
-        start = FIELDS.index(name) * self.width
-        values = self.flat[start : start + rows]
+        values = parts(self.flat, self.width)[0][FIELDS.index(name), :rows]
         return values.view(torch.float32) if name == "temperatures" else values
 
     def starts(self, rows: int) -> Tensor:
-        start = len(FIELDS) * self.width
-        return self.flat[start : start + rows + 1]
+        return parts(self.flat, self.width)[1][: rows + 1]
 
 
 @define

@@ -27,7 +27,7 @@ import torch
 from gpu_decode import read_bandwidth, step_bytes
 
 from agentrt import EngineConfig
-from agentrt.decode_graph import FIELDS, DecodeGraphs, DecodeInputs
+from agentrt.decode_graph import DecodeGraphs, DecodeInputs, parts
 from agentrt.decode_persistent import OneLaunch, batch_step, persistent_step
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
@@ -81,10 +81,10 @@ class Steps:
         """Every step from now on has these tokens at this position."""
         width = self.batch
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
-        fields = flat[: len(FIELDS) * width].reshape(len(FIELDS), width)
+        fields, starts, _, _ = parts(flat, width)
         fields[0], fields[1], fields[2] = tokens, range(width), position
         tiles = num_tiles(position, self.model.geometry.head_dim)
-        flat[len(FIELDS) * width : -3] = tiles * np.arange(width + 1)
+        starts[:] = tiles * np.arange(width + 1)
         torch.cuda.synchronize()
         self.inputs.ring[:] = torch.from_numpy(flat)
 

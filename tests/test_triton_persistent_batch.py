@@ -21,7 +21,7 @@ from gpu import DEVICE, HAS_GPU, interpreted, relative_error
 from interpreted import step_device
 from test_triton_persistent import LLAMA, QWEN2, QWEN3, tensors
 
-from agentrt.decode_graph import FIELDS, DecodeGraphs, DecodeInputs
+from agentrt.decode_graph import DecodeGraphs, DecodeInputs, parts
 from agentrt.decode_persistent import batch_step
 from agentrt.kernels.attention_decode import num_tiles
 from agentrt.kernels.cuda import CudaOps, Scratch
@@ -87,7 +87,7 @@ class Batch:
         graphs.last_tokens.copy_(torch.arange(IDLE + 1) * 11 % vocab)
         rows = [row for row, position in enumerate(positions) if position is not None]
         flat = np.zeros(len(graphs.inputs.flat), dtype=np.int32)
-        fields = flat[: len(FIELDS) * width].reshape(len(FIELDS), width)
+        fields, starts, _, _ = parts(flat, width)
         fields[1] = IDLE
         fields[0, rows] = [-1 if row == rows[-1] else 7 * row + 3 for row in rows]
         fields[1, rows] = [(5 * row + 3) % MOST_ROWS for row in rows]
@@ -96,7 +96,7 @@ class Batch:
         fields[4, DRAWN] = np.float32(0.8).view(np.int32)
         tiles = np.zeros(width, dtype=np.int32)
         tiles[rows] = [num_tiles(positions[row], dim) for row in rows]
-        flat[len(FIELDS) * width + 1 : -3] = tiles.cumsum()
+        starts[1:] = tiles.cumsum()
         graphs.inputs.ring[:] = torch.from_numpy(flat)
         graphs.inputs.outbox.fill_(-1)
 
