@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -42,6 +42,9 @@ from agentrt.speculate import Drafter
 from agentrt.template import load_template
 from agentrt.tokenizer import load_tokenizer
 from agentrt.transfer import TransferThread
+
+if TYPE_CHECKING:
+    from agentrt.transfer_cuda import PinnedSlabs
 
 EngineProgress = Callable[[str, int, int], None]
 
@@ -138,6 +141,7 @@ def open_parts(
     runner = _runner(loaded, resolved)
     fingerprint = fingerprint_of(config, loaded, resolved.kv_token_bytes)
     precedence = Precedence()
+    slabs = _pinned_slabs(loaded.compute.device.type, resolved, precedence)
     loop, tiers = build_loop(
         config,
         resolved,
@@ -147,8 +151,10 @@ def open_parts(
         precedence,
         device=loaded.compute.device.type,
         packing=disk_packing(config, loaded),
-        **_tiers_memory(loaded.compute.device.type, resolved, precedence),
+        **({} if slabs is None else {"allocate": slabs.allocate}),
     )
+    if slabs is not None:
+        loop.at_end.append(slabs.close)
     chat = _chat(path, loaded.model.spec, config)
     report("starting")(1, 1)
     return EngineParts(
@@ -198,17 +204,17 @@ def build_loop(
     return loop, tiers
 
 
-def _tiers_memory(device: str, resolved: ResolvedConfig, gate: Gate) -> dict[str, Any]:
+def _pinned_slabs(device: str, resolved: ResolvedConfig, gate: Gate) -> PinnedSlabs | None:
     """Page-locked memory for the host tier of a GPU."""
     if device != "cuda":
-        return {}
+        return None
     from agentrt.transfer_cuda import PinnedSlabs
 
     slot_bytes = CHUNK_TOKENS * resolved.kv_token_bytes
     slab_bytes = max(1, SLAB_BYTES // slot_bytes) * slot_bytes
     slabs = PinnedSlabs(slab_bytes, resolved.host_kv_bytes, gate)
     slabs.make_ahead()
-    return {"allocate": slabs.allocate}
+    return slabs
 
 
 def _runner(loaded: LoadedModel, resolved: ResolvedConfig) -> Runner:

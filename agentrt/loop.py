@@ -56,6 +56,7 @@ class Loop:
     transfers: TransferThread | None = None  # where there are tiers below the device
     observers: Observers = field(factory=Observers)
     precedence: Precedence = field(factory=Precedence)  # over background work, where it waits there
+    at_end: list[Callable[[], None]] = field(factory=list)  # called once no transfer runs any more
     _inbox: deque[Callable[[], None]] = field(factory=deque, init=False)
     _lock: threading.Condition = field(factory=threading.Condition, init=False)
     _closed: bool = field(default=False, init=False)
@@ -240,6 +241,8 @@ class Loop:
         elif self.transfers is not None:
             self.transfers.close()
         self._deferred.fail(EngineFailed("the engine's step thread failed"))
+        for close in self.at_end:
+            close()
         self.runner.close()
 
     def _end_transfers(self) -> None:

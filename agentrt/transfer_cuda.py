@@ -73,6 +73,7 @@ class PinnedSlabs:
     _num_made: int = field(default=0, init=False)  # or begun
     _num_begun: int = field(default=0, init=False)  # by makers, and not ready yet
     _makers: list[threading.Thread] = field(factory=list, init=False)
+    _is_closed: bool = field(default=False, init=False)
     _changed: threading.Condition = field(factory=threading.Condition, init=False)
 
     def allocate(self, num_bytes: int) -> Any:
@@ -98,6 +99,16 @@ class PinnedSlabs:
         self._begin_making()
         for maker in self._makers:
             maker.join()
+
+    def close(self) -> None:
+        """End the makers, and let go of what nobody asked for. One that was still in the driver
+        when the interpreter ended would end the process with an error."""
+        self._is_closed = True
+        if self.gate is not None:
+            self.gate.look_again()
+        for maker in self._makers:
+            maker.join()
+        self._ready.clear()
 
     def _begin_making(self) -> None:
         if not any(maker.is_alive() for maker in self._makers):
@@ -130,12 +141,12 @@ class PinnedSlabs:
                 self._changed.notify_all()
 
     def _is_urgent(self) -> bool:
-        """Whether a maker must not be held back. Reads a single value, and needs no lock."""
-        return len(self._ready) < FEW_SLABS
+        """Whether a maker must not be held back. Reads single values, and needs no lock."""
+        return self._is_closed or len(self._ready) < FEW_SLABS
 
     def _wants_more(self) -> bool:
         has_room = (self._num_made + 1) * self.slab_bytes <= self.most_bytes
-        return has_room and len(self._ready) + self._num_begun < READY_SLABS
+        return not self._is_closed and has_room and len(self._ready) + self._num_begun < READY_SLABS
 
     def _begin(self) -> bool:
         """Whether one more is wanted, which is then counted as made."""

@@ -87,3 +87,19 @@ def test_a_driver_that_refuses_is_heard_by_who_asks(
     wait(slabs)
     with pytest.raises(MemoryError):
         slabs.allocate(SLAB)
+
+
+def test_no_maker_outlives_the_engine(made: list[str]) -> None:
+    """Also one that waits at the gate, or is told while it makes a slab."""
+    gate = Precedence(most_held_s=60.0)
+    slabs = PinnedSlabs(SLAB, 1000 * SLAB, gate)
+    slabs.make_ahead()
+    gate.work()
+    for _ in range(READY_SLABS - FEW_SLABS):
+        slabs.allocate(SLAB)
+    makers = slabs._makers
+    assert any(maker.is_alive() for maker in makers)
+    slabs.close()
+    assert not any(maker.is_alive() for maker in makers)
+    assert len(made) <= READY_SLABS + len(makers)
+    assert not slabs._ready
