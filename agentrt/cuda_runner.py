@@ -15,17 +15,17 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
 from agentrt.cache import Copy
-from agentrt.common_prefix import Common, find_common
 from agentrt.config import ResolvedConfig
 from agentrt.cuda_inputs import NUM_BUFFERS, BlockTables, Uploader
 from agentrt.decode_graph import BUCKETS, Contexts, DecodeGraphs, DecodeInputs, parts
+from agentrt.decode_works import DecodeWorks, find_common
 from agentrt.grammar_masks import Filling, MaskThread
-from agentrt.kernels.attention_decode import FEW_ROWS, num_tiles, tile_tokens
+from agentrt.kernels.attention_decode import FEW_ROWS, tile_tokens
 from agentrt.kernels.attention_prefill import plan_tiles
 from agentrt.kernels.attention_prefix import (
     PREFIX_TOKENS,
@@ -198,15 +198,15 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:
-        common = self._common(sorted(plan.work, key=lambda work: work.num_tokens > 1))
-        works = common.works
+        chunks = [work for work in plan.work if work.num_tokens > 1]
+        decode = self._decode_works(plan, len(chunks))
+        works = (*decode.works, *chunks)
         slots, cells, blocks = self.tables.place(works)
         updates = (np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32))
-        is_decode = all(work.num_tokens == 1 and work.samples for work in works)
-        if is_decode and len(works) <= self.graphs.max_rows:
-            logits = self._decode(common, slots, updates)
+        if self._has_graph(decode, len(chunks)):
+            logits = self._decode(decode, slots, updates)
         else:
-            logits = self._mixed(common, slots, updates)
+            logits = self._mixed(works, decode, slots, updates)
         return self._ticket(tuple(work for work in works if work.samples), logits)
 
     @torch.inference_mode()
@@ -242,57 +242,62 @@ class CudaRunner:
         """Where this step's tokens come down."""
         return self._tickets[0][0] * self.inputs.outbox.shape[1]
 
-    def _common(self, works: list[Work]) -> Common:
-        """The works, decode rows first, and what those have in common, if they read much."""
-        none = Common(tuple(works))
-        num_decode = sum(work.num_tokens == 1 for work in works)
-        if num_decode <= FEW_ROWS or not self.ops.shares_common(self.model.geometry):
-            return none
-        is_graph = num_decode == len(works) <= self.graphs.max_rows
-        if is_graph and not self.graphs.shares_common(num_decode):
-            return none
-        decode, dim = works[:num_decode], self.model.geometry.head_dim
-        if not self._is_long(sum(num_tiles(work.start, dim) for work in decode)):
-            return none
-        found = find_common(decode, self.config.block_tokens, dim, self._group)
-        return evolve(found, works=(*found.works, *works[num_decode:]))
+    def _decode_works(self, plan: Plan, num_chunks: int) -> DecodeWorks:
+        """The works of one token, and what they have in common, if they read much."""
+        dim = self.model.geometry.head_dim
+        decode = DecodeWorks.of([work for work in plan.work if work.num_tokens == 1], dim)
+        num = len(decode.works)
+        if num <= FEW_ROWS or not self.ops.shares_common(self.model.geometry):
+            return decode
+        if self._has_graph(decode, num_chunks) and not self.graphs.shares_common(num):
+            return decode
+        if not self._is_long(decode):
+            return decode
+        return find_common(decode, self.config.block_tokens, dim, self._group)
 
-    def _decode(self, common: Common, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
+    def _has_graph(self, decode: DecodeWorks, num_chunks: int) -> bool:
+        """Whether a step of these and so many chunks is one that only decodes."""
+        is_decode = not num_chunks and all(work.samples for work in decode.works)
+        return is_decode and len(decode.works) <= self.graphs.max_rows
+
+    def _decode(self, decode: DecodeWorks, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Rows of one token each: one graph."""
-        works = common.works
+        works = decode.works
         width, num = self.inputs.width, len(works)
         flat = np.zeros(len(self.inputs.flat), dtype=np.int32)
-        fields, starts, in_common, outbox_at = parts(flat, width)
+        fields, starts, common, outbox_at = parts(flat, width)
         fields[0, :num] = [work.request.tokens[work.start] for work in works]
         fields[1] = self.tables.idle_slot
         fields[1, :num] = slots
         fields[2, :num] = [work.start for work in works]
         fields[3, :num], temperatures = draws(works)
         fields[4, :num] = temperatures.view(np.int32)
-        dim = self.model.geometry.head_dim
-        tiles = [num_tiles(work.start, dim) for work in works]
-        starts[:] = np.cumsum([0, *common.own_tiles(tiles), *[0] * (width - num)])
-        in_common[:] = common.num_rows, common.num_tiles
+        starts[: num + 1] = decode.starts
+        starts[num + 1 :] = starts[num]
+        common[:] = decode.num_common, decode.common_tiles
         outbox_at[:] = self._outbox_at
         self._update_tables(updates)
         self.inputs.write(flat)
-        contexts: Contexts = "long" if self._is_long(sum(tiles)) else "short"
-        graph = self.graphs.get(num, "common" if common.num_rows else contexts)
+        contexts: Contexts = "long" if self._is_long(decode) else "short"
+        graph = self.graphs.get(num, "common" if decode.num_common else contexts)
         graph.replay()
         return graph.logits
 
-    def _is_long(self, num_tiles: int) -> bool:
-        """Whether decode rows with so many tiles of context in all are mostly reading it."""
+    def _is_long(self, decode: DecodeWorks) -> bool:
+        """Whether these are mostly reading their contexts."""
         dim = self.model.geometry.head_dim
         token_bytes = 2 * self.model.geometry.num_kv_heads * dim * self.kv.itemsize
-        return num_tiles * tile_tokens(dim) * token_bytes > LONG_KV_BYTES
+        return int(decode.tiles.sum()) * tile_tokens(dim) * token_bytes > LONG_KV_BYTES
 
-    def _mixed(self, common: Common, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
+    def _mixed(
+        self,
+        works: Sequence[Work],
+        decode: DecodeWorks,
+        slots: list[int],
+        updates: tuple[Array, ...],
+    ) -> Tensor:
         """Decode rows, drafts and prefill chunks, or more decode rows than a graph has."""
-        dim = self.model.geometry.head_dim
-        work = mixed_work(
-            common.works, slots, dim, most_checked_rows=MOST_CHECKED_ROWS, common=common
-        )
+        work = mixed_work(works, decode, slots, most_checked_rows=MOST_CHECKED_ROWS)
         self._update_tables(updates)
         prefix_blocks = self._prefix_blocks(work)
         is_plain = prefix_blocks is not None or self._ends_early(work)

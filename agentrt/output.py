@@ -44,6 +44,10 @@ class OutputText:
         return "".join(self._pieces)
 
     def _take(self, new: str, *, final: bool) -> str:
+        if not self.stops:
+            if new:
+                self._pieces.append(new)
+            return new
         self._held += new
         found = [at for at in (self._held.find(stop) for stop in self.stops) if at >= 0]
         if found:

@@ -12,6 +12,7 @@ from attrs import define, field
 from agentrt.errors import RequestInvalid
 from agentrt.origins import Origins
 from agentrt.speculate import Pace
+from agentrt.token_runs import TokenRuns
 from agentrt.types import (
     Completion,
     FinishReason,
@@ -115,6 +116,10 @@ class Request:
     constraint: Constraint | None = None
     submitted_s: float
 
+    # Asked for each token, and so kept: tokens of prompt and output when it runs to its limit, and
+    # whether it asks for its prompt's KV alone, and for no token.
+    max_total_tokens: int = field(init=False)
+    is_prefill: bool = field(init=False)
     # When its agent began to wait: before it was submitted, if a tool ran first.
     waiting_since_s: float = field()
     is_rewritten: bool = False  # whether its prompt rewrites an earlier one of the same session
@@ -130,8 +135,18 @@ class Request:
     first_token_s: float | None = None
     logprobs: list[TokenLogprob] = field(factory=list)
     pace: Pace = field(factory=Pace)  # of its drafts
+    runs: TokenRuns | None = None  # of its first `num_in_runs` tokens, made at the first guess
+    num_in_runs: int = 0
     num_forced: int = 0  # of its newest draft, what a grammar leaves no choice about
     rng: Any = None  # the sampler's generator, made at the first draw
+
+    @max_total_tokens.default
+    def _limit(self) -> int:
+        return len(self.tokens)
+
+    @is_prefill.default
+    def _wants_no_token(self) -> bool:
+        return len(self.tokens) == self.num_prompt_tokens
 
     @num_tokens.default
     def _prompt(self) -> int:
@@ -144,16 +159,6 @@ class Request:
     @origins.default
     def _no_origins(self) -> Origins:
         return Origins(self.num_prompt_tokens)
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Tokens of prompt and output when it runs to its limit."""
-        return len(self.tokens)
-
-    @property
-    def is_prefill(self) -> bool:
-        """Whether it asks for its prompt's KV alone, and for no token."""
-        return self.max_total_tokens == self.num_prompt_tokens
 
     @property
     def is_read(self) -> bool:

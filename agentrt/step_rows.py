@@ -11,8 +11,7 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
-from agentrt.common_prefix import Common
-from agentrt.kernels.attention_decode import num_tiles
+from agentrt.decode_works import DecodeWorks
 from agentrt.sampler import MIN_TEMPERATURE, draw_seed, is_drawn_on_device
 from agentrt.scheduler import Work
 
@@ -57,22 +56,17 @@ class MixedWork:
 
 
 def mixed_work(
-    works: Sequence[Work],
-    slots: Sequence[int],
-    dim: int,
-    *,
-    most_checked_rows: int = 0,
-    common: Common | None = None,
+    works: Sequence[Work], decode: DecodeWorks, slots: Sequence[int], *, most_checked_rows: int = 0
 ) -> MixedWork:
-    """Flatten works, those of one token first: they are decode rows. `common`: what these have in
-    common, if they are in its order.
+    """Flatten works, those of one token first, which are decode rows: `decode` is about them.
 
     But where there are drafts and at most `most_checked_rows` rows in all, each work is a chunk: a
     graph without decode rows is smaller, and attention to a few rows reads a context once.
     """
     counts = [work.num_tokens for work in works]
-    is_check = any(work.num_draft for work in works) and sum(counts) <= most_checked_rows
-    num_decode = 0 if is_check else sum(count == 1 for count in counts)
+    if any(work.num_draft for work in works) and sum(counts) <= most_checked_rows:
+        decode = DecodeWorks.of((), 1)
+    num_decode = len(decode.works)
     ends = np.cumsum(counts)
     by_work = np.array(slots, dtype=np.int32)
     arrays = (
@@ -80,18 +74,14 @@ def mixed_work(
         np.repeat(by_work, counts),
         np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in works]),
     )
-    decode, prefill = zip(
-        *[np.split(a.astype(np.int32), [num_decode]) for a in arrays], strict=True
-    )
-    tiles = [num_tiles(work.start, dim) for work in works[:num_decode]]
-    if not num_decode or common is None:
-        common = Common(())
+    rows = [np.split(a.astype(np.int32), [num_decode]) for a in arrays]
+    of_decode, of_chunks = zip(*rows, strict=True)
     placed = list(zip(works, ends.tolist(), slots, strict=True))
     return MixedWork(
-        decode=decode,
-        prefill=prefill,
-        starts=np.cumsum([0, *common.own_tiles(tiles)], dtype=np.int32),
-        common=np.array([common.num_rows, common.num_tiles], dtype=np.int32),
+        decode=of_decode,
+        prefill=of_chunks,
+        starts=decode.starts,
+        common=np.array([decode.num_common, decode.common_tiles], dtype=np.int32),
         chunks=[
             (end - work.num_tokens - num_decode, work.start, work.num_tokens, slot)
             for work, end, slot in placed[num_decode:]

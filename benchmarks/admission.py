@@ -41,6 +41,7 @@ from agentrt.cache import Copy
 from agentrt.cache.keys import Fingerprint
 from agentrt.chat import Chat
 from agentrt.cuda_inputs import BlockTables
+from agentrt.decode_works import DecodeWorks
 from agentrt.engine_parts import EngineParts, build_loop
 from agentrt.models.base import ModelSpec, RopeSpec
 from agentrt.mover import Job, Part
@@ -84,7 +85,7 @@ class NullRunner:
         works = sorted(plan.work, key=lambda work: work.num_tokens > 1)
         slots, cells, blocks = self.tables.place(works)
         np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32)
-        mixed_work(works, slots, DIM)
+        mixed_work(works, DecodeWorks.of([w for w in works if w.num_tokens == 1], DIM), slots)
         self.marks.setdefault("inputs", time.perf_counter())
         return Answered(tuple(work for work in plan.work if work.samples))
 

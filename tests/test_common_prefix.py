@@ -9,8 +9,9 @@ from gpu import interpreted
 from interpreted import Drive, open_runner, small_config
 
 from agentrt import GenerateOptions
-from agentrt.common_prefix import Common, find_common
 from agentrt.cuda_runner import CudaRunner
+from agentrt.decode_works import DecodeWorks, find_common
+from agentrt.kernels.attention_decode import num_tiles
 from agentrt.request import Request
 from agentrt.scheduler import Work
 
@@ -26,23 +27,35 @@ def work(blocks: list[int], position: int | None = None) -> Work:
     return Work(request, (len(blocks) - 1) * BLOCK_TOKENS if position is None else position, 1)  # type: ignore[arg-type]
 
 
-def found(works: list[Work]) -> Common:
-    return find_common(works, BLOCK_TOKENS, DIM, GROUP)
+def found(works: list[Work]) -> DecodeWorks:
+    return find_common(DecodeWorks.of(works, DIM), BLOCK_TOKENS, DIM, GROUP)
 
 
 def test_the_largest_group_comes_first() -> None:
     agents = [work([*START, 10 * i, 10 * i + 1]) for i in range(1, 6)]
     others = [work(list(range(200, 220))), work(list(range(300, 320)))]
     common = found([others[0], *agents[:3], others[1], *agents[3:]])
-    assert common == Common((*agents, *others), 5, 2)
-    assert common.own_tiles([3, 3, 3, 3, 2, 4, 5]) == [1, 1, 1, 1, 1, 4, 5]
+    assert common.works == (*agents, *others)
+    assert (common.num_common, common.common_tiles) == (5, 2)
+    assert common.tiles.tolist() == [3] * 7
+    assert common.starts.tolist() == [0, 1, 2, 3, 4, 5, 8, 11]
+
+
+def test_a_row_has_a_tile_of_its_own() -> None:
+    """Also where all that stands before its token is common."""
+    agents = [work([*START, i]) for i in range(4)]
+    assert found(agents).tiles.tolist() == [2] * 4
+    assert found(agents).starts.tolist() == [0, 1, 2, 3, 4]
+    positions = (0, 127, 128, 129, 1024)
+    rows = DecodeWorks.of([work(START, position) for position in positions], 64)
+    assert rows.tiles.tolist() == [num_tiles(position, 64) for position in positions]
 
 
 def test_only_whole_tiles_before_every_row_are_common() -> None:
-    assert found([work([*START[:15], i, 9]) for i in range(4)]).num_tiles == 1
+    assert found([work([*START[:15], i, 9]) for i in range(4)]).common_tiles == 1
     early = work(START, 250)  # it writes into the last block of what the others share
-    assert found([early, *(work([*START, i]) for i in range(3))]).num_tiles == 1
-    assert found([work([*START, i]) for i in range(4)]).num_tiles == 2
+    assert found([early, *(work([*START, i]) for i in range(3))]).common_tiles == 1
+    assert found([work([*START, i]) for i in range(4)]).common_tiles == 2
 
 
 @pytest.mark.parametrize(
@@ -56,7 +69,8 @@ def test_only_whole_tiles_before_every_row_are_common() -> None:
     ids=["one row", "nothing", "less than a tile", "too little of all"],
 )
 def test_what_does_not_pay_is_left(works: list[Work]) -> None:
-    assert found(works) == Common(tuple(works))
+    assert found(works).works == tuple(works)
+    assert found(works).num_common == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,7 @@ def test_rows_of_one_system_prompt_give_the_tokens_that_they_give_alone(
         return get(graphs, num_rows, contexts)
 
     def count(*given):
-        asked.append(find(*given).num_rows)
+        asked.append(find(*given).num_common)
         return find(*given)
 
     monkeypatch.setattr(type(runner.graphs), "get", spy)

@@ -13,6 +13,7 @@ from told import Told, told
 
 from agentrt import GenerateOptions
 from agentrt.cuda_runner import CUDA_LIMITS, CudaRunner
+from agentrt.decode_works import DecodeWorks
 from agentrt.grammar import GrammarCompiler, lark
 from agentrt.kernels import Segment
 from agentrt.request import Request
@@ -104,8 +105,8 @@ def test_drafts_beside_rows_without_and_a_long_prompt(runner: CudaRunner) -> Non
     plain = Drive(runner, None).run(requests_of(prompts, 10))
 
     class Some(Told):
-        def _guess(self, words, namespace, num_tokens, num_untold):
-            guess = super()._guess(words, namespace, num_tokens, num_untold)
+        def _guess(self, request, words, num_tokens):
+            guess = super()._guess(request, words, num_tokens)
             return guess[:0] if words[0] == 31 else guess
 
     texts = [(len(p), p + o) for p, o in zip(prompts, plain, strict=True)]
@@ -186,8 +187,9 @@ def test_a_drafts_rows_are_all_outputs() -> None:
         Work(requests[0], 2, 3, 2),
         Work(requests[2], 4, 16),
     ]
-    check = mixed_work(works, [5, 6, 7], 16, most_checked_rows=64)
-    beside = mixed_work(works, [5, 6, 7], 16, most_checked_rows=16)
+    decode = DecodeWorks.of(works[:1], 16)
+    check = mixed_work(works, decode, [5, 6, 7], most_checked_rows=64)
+    beside = mixed_work(works, decode, [5, 6, 7], most_checked_rows=16)
     assert [len(work.decode[0]) for work in (check, beside)] == [0, 1]
     assert check.chunks == [(0, 1, 1, 5), (1, 2, 3, 6), (4, 4, 16, 7)]
     assert beside.chunks == [(0, 2, 3, 6), (3, 4, 16, 7)]

@@ -30,6 +30,7 @@ LAYERS = [
             "tool_arguments",
             "tool_prompt",
         ),
+        "token_runs",
         *("tool_schema", "tools", "vocabulary", "vocabulary_fast", "vocabulary_sentencepiece"),
         "weights",
     },
@@ -52,7 +53,7 @@ LAYERS = [
     {
         *("batch", "chat", "cuda_inputs", "cuda_runner", "decode_graph", "runner", "sampler"),
         "decode_persistent",
-        *("mixed_graph", "common_prefix", "step_device", "step_rows", "transfer", "transfer_cuda"),
+        *("mixed_graph", "decode_works", "step_device", "step_rows", "transfer", "transfer_cuda"),
     },
     {"loop"},
     {

@@ -146,6 +146,31 @@ def test_recent_text_keeps_the_newest():
     assert recent.tokens[-1] == 99_999
     assert (np.diff(recent.tokens) == 1).all()
     assert 16_384 <= len(recent.tokens) <= 2 * 16_384
+    for end in (2, 500, 501, len(recent.tokens)):  # a border between outputs is none of its own
+        assert recent.runs.may_have(recent.tokens[end - 2 : end])
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=st.lists(st.integers(0, 3), min_size=1, max_size=40), others=small, grows=small)
+def test_a_guess_is_what_a_search_finds(prompt, others, grows):
+    """What says that there is nothing to find never hides something, however the text grew."""
+    drafter = Drafter()
+    if others:
+        written = make_request([0], len(others))
+        for token in others:
+            written.append(token)
+        drafter.finished(written)
+    request = make_request(prompt, 60)
+    for token in [*grows, None]:
+        words = request.known
+        expected = continuation(words, words, 4)
+        if len(expected):
+            expected = np.resize(expected, 4)
+        elif others:
+            expected = continuation(array(others), words, 4)
+        assert drafter._guess(request, words, 4).tolist() == expected.tolist()
+        if token is not None:
+            request.append(token)
 
 
 class Loops:

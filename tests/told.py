@@ -18,11 +18,11 @@ class Told(Drafter):
     wrong: frozenset[int] = frozenset()
     longest: int = 7
 
-    def _guess(self, words, namespace, num_tokens, num_untold):
+    def _guess(self, request, words, num_tokens):
         num_prompt, text = next(
             one for one in self.texts if one[1][: one[0]] == words[: one[0]].tolist()
         )
-        begin = len(words) + num_untold
+        begin = len(words) + request.num_pending
         guess = np.array(text[begin : begin + min(num_tokens, self.longest)], dtype=np.int32)
         for place in range(len(guess)):
             if begin + place - num_prompt in self.wrong:
