@@ -53,6 +53,7 @@ class Scratch:
     prefill: Tensor  # counters
     sample: tuple[Tensor, Tensor, Tensor]
     ordered: OrderedScratch | None
+    side: torch.cuda.Stream | None = field(default=None)  # see Attention
 
     @classmethod
     def allocate(
@@ -92,6 +93,7 @@ class Scratch:
             counters(MAX_SHARED_TILES * geometry.num_kv_heads),
             (best, counters(chunks), counters(max_batch)),
             ordered,
+            torch.cuda.Stream(device) if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )
 
 
@@ -282,6 +284,7 @@ class CudaOps:
             prefix_blocks=prefix_blocks,
             most_rows=most_rows,
             common=common,
+            side=scratch.side,
         )
         products, of_outputs = (
             self.products(len(each), geometry.norm_eps, scratch)
