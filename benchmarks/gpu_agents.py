@@ -1,10 +1,11 @@
-"""The airline agents on a GPU, through the public API, with random weights.
+"""The airline agents on a GPU, through the public API.
 
     python benchmarks/gpu_agents.py SHAPE --shared DIR [--out FILE] [--set NAME=VALUE ...]
         [--kv-tokens N] [--runs AGENTS:CONCURRENCY:WAITS ...]
 
-DIR/bench/replay.py drives it as it drives the peers. `--kv-tokens` caps the device's KV pool.
-Without `--runs`: all agents, 32 at once, waits x0.2; and the first 8 one by one without waits.
+SHAPE is what `gpu_decode.py` takes. DIR/bench/replay.py drives it as it drives the peers.
+`--kv-tokens` caps the device's KV pool. Without `--runs`: all agents, 32 at once, waits x0.2; and
+the first 8 one by one without waits.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_decode import options, parser_of, report, settings, shape_of
+from gpu_decode import options, parser_of, report, subject
 
 from agentrt import Engine, EngineConfig
 
@@ -21,18 +22,16 @@ RUNS = ("100:32:0.2", "8:1:0")
 
 
 async def measure(
-    folder: str, trace: Path, given: dict[str, Any], runs: list[str]
+    model: str, trace: Path, given: dict[str, Any], runs: list[str]
 ) -> dict[str, Any]:
     import replay
 
-    config = EngineConfig(
-        **{"device": "cuda", "random_weights": True, "max_context_tokens": 40960, **given}
-    )
+    config = EngineConfig(**given)
     result: dict[str, Any] = {"config": given}
     rows = replay.load(str(trace))
     for run in runs:
         agents, concurrency, scale = run.split(":")
-        async with Engine(folder, config) as engine:
+        async with Engine(model, config) as engine:
 
             async def generate(_agent: str, ids: list[int], num: int) -> tuple[float, list[int]]:
                 begin, first, out = time.perf_counter(), None, []
@@ -64,15 +63,12 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--runs", nargs="*", default=RUNS)
     arguments = parser.parse_args()
-    folder, shape = shape_of(arguments)
-    given = settings(arguments.settings)
+    model, spec, given = subject(arguments)
     if arguments.kv_tokens:
-        per_token = (
-            4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-        )
+        per_token = 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim
         given["device_kv_bytes"] = arguments.kv_tokens * per_token
     trace = arguments.shared / "traces" / "tau_airline_tokens.jsonl.gz"
-    report(arguments, asyncio.run(measure(folder, trace, given, list(arguments.runs))))
+    report(arguments, asyncio.run(measure(model, trace, given, list(arguments.runs))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Decode speed and time to first token on a GPU, through the public API, with random weights.
+"""Decode speed and time to first token on a GPU, through the public API.
 
     python benchmarks/gpu_decode.py SHAPE --shared DIR [--out FILE] [--set NAME=VALUE ...]
 
 The measurement is that of the peers' drivers in DIR/bench: a decode time is the median of three
 differences between 272 and 16 tokens, over 256; a first token is the median of three prompts. SHAPE
-is one of DIR/bench/shapes.py. `--set` changes a field of EngineConfig.
+is one of DIR/bench/shapes.py, for random weights, or a model's folder or GGUF file; what is longer
+than its context is left out. `--set` changes a field of EngineConfig.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from typing import Any
 import torch
 
 from agentrt import Engine, EngineConfig, GenerateOptions
+from agentrt.models.base import ModelSpec, read_spec
+from agentrt.weights import open_checkpoint
 
 DECODE = ((1, 1024), (8, 1024), (32, 1024), (1, 16384), (8, 16384))
 PROMPTS = (2048, 16384, 32768)
+MAX_CONTEXT = 40960
+MOST_NEW = 272  # tokens behind a prompt
 
 
 def options(num_tokens: int) -> GenerateOptions:
@@ -44,23 +49,19 @@ def read_bandwidth() -> float:
     return 2 * source.numel() / (sorted(times)[2] / 1e3)
 
 
-def step_bytes(shape: dict[str, Any], batch: int, context: int) -> int:
+def step_bytes(spec: ModelSpec, batch: int, context: int) -> int:
     """Weights and KV that one decode step reads, in bytes of bf16."""
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    heads, kv_heads, dim = (
-        shape[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
-    attention = hidden * dim * (2 * heads + 2 * kv_heads)
-    weights = layers * (attention + 3 * hidden * shape["intermediate_size"])
-    weights += shape["vocab_size"] * hidden
-    return 2 * (weights + batch * (context + 136) * 2 * layers * kv_heads * dim)
+    hidden, layers, kv_width = spec.hidden_size, spec.num_layers, spec.num_kv_heads * spec.head_dim
+    attention = 2 * hidden * (spec.num_heads * spec.head_dim + kv_width)
+    weights = layers * (attention + 3 * hidden * spec.intermediate_size) + spec.vocab_size * hidden
+    return 2 * (weights + batch * (context + 136) * 2 * layers * kv_width)
 
 
 async def decode_ms(engine: Engine, rng: random.Random, batch: int, context: int) -> float:
     prompts = [tokens(rng, context) for _ in range(batch)]
     await asyncio.gather(*(engine.generate(prompt, options(4)) for prompt in prompts))
     times = []
-    for num in (16, 272, 16, 272, 16, 272):
+    for num in (16, MOST_NEW) * 3:
         begin = time.perf_counter()
         await asyncio.gather(*(engine.generate(prompt, options(num)) for prompt in prompts))
         times.append(time.perf_counter() - begin)
@@ -91,32 +92,32 @@ def settings(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-async def measure(folder: str, shape: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+async def measure(model: str, spec: ModelSpec, given: dict[str, Any]) -> dict[str, Any]:
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
-    config = EngineConfig(
-        **{"device": "cuda", "random_weights": True, "max_context_tokens": 40960, **given}
-    )
+    config, longest = EngineConfig(**given), min(MAX_CONTEXT, spec.max_context_tokens)
     begin = time.perf_counter()
     result: dict[str, Any] = {"config": given, "bandwidth": bandwidth, "decode_ms": {}}
     rng = random.Random(0)
-    async with Engine(folder, config) as engine:
+    async with Engine(model, config) as engine:
         await engine.generate(tokens(rng, 64), options(8))
         result["start_s"] = round(time.perf_counter() - begin, 1)
         for batch, context in DECODE:
+            if context + MOST_NEW > longest:
+                continue
             took = await decode_ms(engine, rng, batch, context)
-            share = step_bytes(shape, batch, context) / (took / 1e3) / bandwidth
+            share = step_bytes(spec, batch, context) / (took / 1e3) / bandwidth
             result["decode_ms"][f"bs{batch}_ctx{context}"] = [round(took, 4), round(share, 3)]
             of = f"{share:.0%} of {bandwidth / 1e12:.2f} TB/s"
             print(f"decode {batch} x {context}: {took:.3f} ms, {of}", flush=True)
-        result["ttft_ms"] = await first_tokens(engine, rng)
+        result["ttft_ms"] = await first_tokens(engine, rng, longest)
         result["stats"] = {"kernels": engine.stats().kernels, "steps": engine.stats().steps}
     return result
 
 
-async def first_tokens(engine: Engine, rng: random.Random) -> dict[str, float]:
+async def first_tokens(engine: Engine, rng: random.Random, longest: int) -> dict[str, float]:
     found = {}
-    for num in PROMPTS:
+    for num in (one for one in PROMPTS if one + MOST_NEW <= longest):
         cold, warm = [], []
         for _ in range(3):
             prompt = tokens(rng, num)
@@ -141,13 +142,23 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def shape_of(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """A folder with the shape's config.json, and what it says. The peers' drivers are importable
-    from now on."""
+def subject(arguments: argparse.Namespace) -> tuple[str, ModelSpec, dict[str, Any]]:
+    """What is measured: a model, or a folder with the shape's config.json alone; its numbers; and
+    the engine's settings. The peers' drivers are importable from now on."""
     sys.path.insert(0, str(arguments.shared / "bench"))
     import shapes
 
-    return shapes.write(arguments.shape, tempfile.mkdtemp()), shapes.SHAPES[arguments.shape]
+    given = {"device": "cuda", "max_context_tokens": MAX_CONTEXT}
+    if arguments.shape in shapes.SHAPES:
+        given["random_weights"] = True
+        model = shapes.write(arguments.shape, tempfile.mkdtemp())
+        values = shapes.SHAPES[arguments.shape]
+    else:
+        given["disk_kv_bytes"] = 0  # random prompts would leave rubbish behind
+        model = arguments.shape
+        with open_checkpoint(Path(model)) as checkpoint:
+            values = checkpoint.config
+    return model, read_spec(values), {**given, **settings(arguments.settings)}
 
 
 def report(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -160,8 +171,7 @@ def report(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
-    folder, shape = shape_of(arguments)
-    report(arguments, asyncio.run(measure(folder, shape, settings(arguments.settings))))
+    report(arguments, asyncio.run(measure(*subject(arguments))))
 
 
 if __name__ == "__main__":

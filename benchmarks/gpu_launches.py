@@ -39,7 +39,7 @@ from agentrt.step_device import CudaDevice
 
 BLOCK_TOKENS = 64
 CHECKED_STEPS = 12
-NEAR = 0.06  # of the logits' deviation: some times bf16's own error; a wrong token is 4 away
+NEAR = 0.1  # of the logits' deviation: some times bf16's own error; a wrong token is 4 away
 TURN, ROUNDS = 20, 9
 ROW_SHAPES = [(numbers, ahead) for numbers in (64, 32) for ahead in (0, 1, 2, 4)]
 BATCH_SHAPES = [(4, 3, 0), (4, 3, 128), (4, 3, 512), (3, 3, 256), (5, 3, 256), (4, 2, 256)]
@@ -183,7 +183,7 @@ def main() -> None:
     sys.path.insert(0, str(arguments.shared / "bench"))
     import shapes
 
-    bandwidth, shape = read_bandwidth(), shapes.SHAPES[arguments.shape]
+    bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     folder = shapes.write(arguments.shape, tempfile.mkdtemp())
     config = EngineConfig(
@@ -200,7 +200,8 @@ def main() -> None:
             others, times = steps.check(ways), {}
             times = steps.milliseconds(ways)
             result[f"bs{batch}"] = {"ms": times, "other tokens": others}
-            num_bytes, default = step_bytes(shape, batch, arguments.context), next(iter(ways))
+            num_bytes = step_bytes(loaded.model.spec, batch, arguments.context)
+            default = next(iter(ways))
             print(f"batch {batch}, context {arguments.context}, {num_bytes / 1e9:.2f} GB a step")
             for name, ms in sorted(times.items(), key=lambda item: item[1]):
                 share = num_bytes / (ms / 1e3) / bandwidth

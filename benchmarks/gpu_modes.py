@@ -5,7 +5,8 @@
 The measurement of `gpu_decode.py`, for one mode after the other in one run: milliseconds a token at
 batch 1 and 8 after 1,024 tokens, and to the first token of 2,048 and 16,384 new ones. The distance
 is that of log-probabilities to the default's, over all tokens that both have among their first 20,
-as a mean over PROMPTS prompts of random tokens; the weights are random too.
+as a mean over PROMPTS prompts of random tokens; the weights are random too. Nothing is guessed, so
+that every step is one of the mode's own.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import random
 import statistics
 from typing import Any
 
-from gpu_decode import decode_ms, first_token_ms, options, parser_of, report, shape_of, tokens
+from gpu_decode import decode_ms, first_token_ms, options, parser_of, report, subject, tokens
 
 from agentrt import Engine, EngineConfig, GenerateOptions
 
@@ -50,10 +51,10 @@ def distance(some: list[Top], others: list[Top]) -> float:
     )
 
 
-async def measure(folder: str, settings: dict[str, Any]) -> tuple[dict[str, float], list[Top]]:
-    config = EngineConfig(device="cuda", random_weights=True, max_context_tokens=20480, **settings)
+async def measure(model: str, settings: dict[str, Any]) -> tuple[dict[str, float], list[Top]]:
+    config = EngineConfig(**{"speculation": False, **settings})
     rng = random.Random(0)
-    async with Engine(folder, config) as engine:
+    async with Engine(model, config) as engine:
         await engine.generate(tokens(rng, 64), options(8))
         found = {f"decode {batch}": await decode_ms(engine, rng, batch, 1024) for batch in (1, 8)}
         for num in (2048, 16384):
@@ -62,11 +63,11 @@ async def measure(folder: str, settings: dict[str, Any]) -> tuple[dict[str, floa
         return {name: round(ms, 3) for name, ms in found.items()}, await top_logprobs(engine)
 
 
-async def all_modes(folder: str, modes: list[str]) -> dict[str, Any]:
+async def all_modes(model: str, given: dict[str, Any], modes: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     expected: list[Top] | None = None
     for mode in modes:
-        times, top = await measure(folder, MODES[mode])
+        times, top = await measure(model, {**given, **MODES[mode]})
         expected = expected or top
         result[mode] = {**times, "distance": round(distance(top, expected), 4)}
         print(f"{mode}: {result[mode]}", flush=True)
@@ -77,8 +78,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--modes", nargs="*", default=["default", "deterministic", "fp8"])
     arguments = parser.parse_args()
-    folder, _ = shape_of(arguments)
-    report(arguments, {"modes": asyncio.run(all_modes(folder, arguments.modes))})
+    model, _, given = subject(arguments)
+    report(arguments, {"modes": asyncio.run(all_modes(model, given, arguments.modes))})
 
 
 if __name__ == "__main__":

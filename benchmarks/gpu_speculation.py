@@ -4,10 +4,10 @@
         [--set NAME=VALUE ...]
 
 First random weights of SHAPE, with drafts that are always wrong: what a decode step takes with so
-many, against one without that the next runs ahead of; the difference is how many tokens of a draft
-must be right for it to pay. Then, with `--model` (a folder or a GGUF file, SmolLM2 for instance),
-prompts that have recorded tool results of DIR repeated, and some that leave nothing to repeat, with
-speculation off and on.
+many, against one without that the next runs ahead of; the difference is how many tokens of a
+draft must be right for it to pay. Then, with `--model` (a folder or a GGUF file, SmolLM2 for
+instance), two engines side by side, with speculation off and on: prompts that have recorded tool
+results of DIR repeated, and what drafts cost where nothing repeats (noise, ROUNDS times in turn).
 """
 
 import argparse
@@ -16,13 +16,16 @@ import gzip
 import itertools
 import json
 import random
+import statistics
 import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import define
-from gpu_decode import decode_ms, options, parser_of, report, settings, shape_of, tokens
+from gpu_decode import decode_ms, options, parser_of, report, subject, tokens
 
 from agentrt import Completion, Engine, EngineConfig, GenerateOptions
 from agentrt.mixed_graph import MOST_CHECKED_ROWS
@@ -30,7 +33,9 @@ from agentrt.speculate import Drafter, DraftLimits
 
 CONTEXT = 1024
 CELLS = {1: (3, 7, 15), 4: (3, 7, 15), 16: (1, 3)}  # by batch: tokens of a draft
-WARM_UP = 2  # prompts before each kind
+WARM_UP = 2  # prompts before those that count
+ROUNDS = 9
+KV_BYTES = 2 << 30  # of each of two engines
 BATCHES = (1, 4, 16)  # prompts at once
 SHORTEST, LONGEST = 200, 900  # characters of a tool result
 
@@ -41,7 +46,7 @@ class Wrong(Drafter):
 
     num_guessed: int = 0
 
-    def _guess(self, words: Any, namespace: str, num_tokens: int, num_untold: int) -> Any:
+    def _guess(self, request: Any, words: Any, num_tokens: int) -> Any:
         return np.full(min(num_tokens, self.num_guessed), 1, dtype=np.int32)
 
     def checked(self, request: Any, num_draft: int, num_right: int) -> None:
@@ -113,40 +118,56 @@ async def said(
     }
 
 
-def workloads(prompts: list[str]) -> dict[str, tuple[list[str], list[GenerateOptions]]]:
-    """By name. No prompt and no seed comes twice: what one request wrote is where the next one's
-    drafts come from, and none may find its own output there.
-    """
-    found, numbers = {}, itertools.count()
-    left = iter(prompts)
-    for kind, temperature in (("copy", 0.0), ("noise", 3.0)):
-        for batch in (WARM_UP, *BATCHES):
-            asked = [
-                GenerateOptions(
-                    max_tokens=256, ignore_eos=True, temperature=temperature, seed=next(numbers)
-                )
-                for _ in range(batch)
-            ]
-            name = "warm_up" if batch == WARM_UP else f"bs{batch}"
-            found[f"{kind}_{name}"] = ([next(left) for _ in range(batch)], asked)
-    return found
+def asked(batch: int, temperature: float, seeds: Iterator[int]) -> list[GenerateOptions]:
+    return [
+        GenerateOptions(max_tokens=256, ignore_eos=True, temperature=temperature, seed=next(seeds))
+        for _ in range(batch)
+    ]
 
 
 async def savings(model: str, shared: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """With speculation off and on, in turn."""
-    found: dict[str, Any] = {}
-    outputs: dict[str, list[Completion]] = {}
-    for speculation in (False, True):
-        config = EngineConfig(**{"disk_kv_bytes": 0, "speculation": speculation, **given})
-        async with Engine(model, config) as engine:
-            for name, (prompts, asked) in workloads(to_repeat(results(shared))).items():
-                done, cell = await said(engine, prompts, asked)
-                if speculation:
-                    cell["same"] = same(outputs[name], done)
-                outputs[name] = done
-                found[f"{name}_{'on' if speculation else 'off'}"] = cell
-                print(name, "on" if speculation else "off", json.dumps(cell), flush=True)
+    """With speculation off and on, in turn. No prompt of copies comes twice: what one request wrote
+    is where the next one's drafts come from, and none may find its own output there.
+    """
+    own = {"disk_kv_bytes": 0, "host_kv_bytes": 0, "device_kv_bytes": KV_BYTES}
+    texts, seeds = to_repeat(results(shared)), itertools.count()
+    async with AsyncExitStack() as stack:
+        engines = {}
+        for name, speculation in (("off", False), ("on", True)):
+            config = EngineConfig(**{**given, **own, "speculation": speculation})
+            engines[name] = await stack.enter_async_context(Engine(model, config))
+        found, left = {}, iter(texts)
+        for batch in (WARM_UP, *BATCHES):
+            prompts = [next(left) for _ in range(batch)]
+            found[f"copy, {batch}"] = await copy_cell(engines, prompts, asked(batch, 0.0, seeds))
+        for batch in BATCHES:
+            found[f"noise, {batch}"] = await noise_cell(engines, texts[:batch], seeds)
+        for name, cell in found.items():
+            print(name, json.dumps(cell), flush=True)
     return found
+
+
+async def copy_cell(
+    engines: dict[str, Engine], prompts: list[str], options: list[GenerateOptions]
+) -> dict[str, Any]:
+    outputs, cell = {}, {}
+    for name, engine in engines.items():
+        outputs[name], cell[name] = await said(engine, prompts, options)
+    ratio = cell["on"]["ms_per_token"] / cell["off"]["ms_per_token"]
+    return {**cell, "ratio": round(ratio, 3), "same": same(outputs["off"], outputs["on"])}
+
+
+async def noise_cell(
+    engines: dict[str, Engine], prompts: list[str], seeds: Iterator[int]
+) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for index in range(ROUNDS):
+        options = asked(len(prompts), 3.0, seeds)
+        for name in list(engines)[:: 1 if index % 2 else -1]:
+            _, cell = await said(engines[name], prompts, options)
+            times[name].append(cell["ms_per_token"])
+    median = {name: statistics.median(each) for name, each in times.items()}
+    return {**median, "ratio": round(median["on"] / median["off"], 3)}
 
 
 def same(plain: list[Completion], drafted: list[Completion]) -> float:
@@ -161,14 +182,12 @@ def same(plain: list[Completion], drafted: list[Completion]) -> float:
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = settings(arguments.settings)
-    folder, _ = shape_of(arguments)
-    random_weights = {"random_weights": True, "max_context_tokens": 4096, "host_kv_bytes": 0}
-    config = EngineConfig(**{"device": "cuda", **random_weights, **given})
-    result: dict[str, Any] = {"costs": await costs(folder, config)}
+    model, _, given = subject(arguments)
+    config = EngineConfig(**{**given, "max_context_tokens": 4096, "host_kv_bytes": 0})
+    result: dict[str, Any] = {"costs": await costs(model, config)}
     if arguments.model:
-        on_cuda = {"device": "cuda", **given}
-        result["savings"] = await savings(arguments.model, arguments.shared, on_cuda)
+        real = {**given, "random_weights": False}
+        result["savings"] = await savings(arguments.model, arguments.shared, real)
     return result
 
 

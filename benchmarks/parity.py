@@ -23,6 +23,7 @@ from agentrt.config import default_cache_dir
 from agentrt.registry import locate
 
 TIE = 1e-4
+Row = list[tuple[int, float]]  # tokens and their log-probabilities
 CONFIG = EngineConfig(device="cpu", dtype="float32", max_batch=4, disk_kv_bytes=0)
 
 
@@ -39,19 +40,30 @@ def prompts(shared: Path, count: int) -> list[list[int]]:
     return chosen
 
 
-async def continuations(given: list[list[int]], num_tokens: int) -> list[list[tuple[int, float]]]:
+async def continuations(
+    given: list[list[int]], num_tokens: int, config: EngineConfig = CONFIG
+) -> list[Row]:
     """agentrt's (token, logprob)s, all prompts in one engine."""
     options = GenerateOptions(max_tokens=num_tokens, ignore_eos=True, top_logprobs=0)
-    async with Engine(config=CONFIG) as engine:
+    async with Engine(config=config) as engine:
         done = await asyncio.gather(*(engine.generate(prompt, options) for prompt in given))
     return [[(one.token_id, one.logprob) for one in c.logprobs or ()] for c in done]
 
 
+def peer(dtype: torch.dtype, device: str) -> transformers.PreTrainedModel:
+    """The same weights in transformers."""
+    path = locate("smollm2-135m", default_cache_dir())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype
+    )
+    return model.to(device)
+
+
 def compare(
-    model: torch.nn.Module, prompt: list[int], got: list[tuple[int, float]]
+    model: transformers.PreTrainedModel, prompt: list[int], got: Row
 ) -> tuple[int, int, float]:
     """(tokens that differ, of those near-ties, largest error of a log-probability)."""
-    ids = torch.tensor([prompt + [token for token, _ in got]])
+    ids = torch.tensor([prompt + [token for token, _ in got]], device=model.device)
     with torch.inference_mode():
         logits = model(ids[:, :-1], logits_to_keep=len(got)).logits[0].float()
     logprobs = logits.log_softmax(-1)
@@ -76,10 +88,7 @@ def main() -> None:
     begin = time.perf_counter()
     got = asyncio.run(continuations(given, arguments.tokens))
     print(f"agentrt: {time.perf_counter() - begin:.0f} s for {len(given)} prompts", flush=True)
-    path = locate("smollm2-135m", default_cache_dir())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    model = peer(torch.float32, "cpu")
     rows = [compare(model, prompt, out) for prompt, out in zip(given, got, strict=True)]
     differ, ties = sum(row[0] for row in rows), sum(row[1] for row in rows)
     lengths = f"{len(given[0])} to {len(given[-1])}"
