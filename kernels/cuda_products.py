@@ -19,6 +19,7 @@ from agentrt.kernels.gemv import ADD, GATE_UP, gemv
 from agentrt.kernels.ordered_products import OrderedWork, ordered_product
 from agentrt.kernels.rows import add_norm, embed, silu_mul
 from agentrt.kernels.skinny import MAX_ROWS, Normed, SkinnyWork, num_tiles, skinny
+from agentrt.kernels.widen import widen
 
 WIDE_COLUMNS = 4096
 
@@ -250,4 +251,4 @@ def _widened(linear: CudaLinear, dtype: torch.dtype) -> Tensor:
     """The weight in the activations' dtype."""
     if linear.scales is None:
         return linear.weight
-    return linear.weight.to(dtype).mul_(linear.scales[:, None].to(dtype))
+    return widen(linear.weight, linear.scales, dtype)

@@ -21,6 +21,7 @@ from agentrt.kernels.dependent import arrive, dot, prefetch, start_next, wait_pr
 from agentrt.kernels.exact import exact_options
 from agentrt.kernels.gemv import ADD, GATE_UP, STORE
 from agentrt.kernels.skinny import num_tiles
+from agentrt.kernels.widen import widened
 
 MAX_PROGRAMS = 400  # of a product whose chunks are shared out, as for `skinny` on an H100
 MIN_CHUNK_COLUMNS = 512  # several times what one step of the pipeline multiplies, see `_chunk`
@@ -67,7 +68,7 @@ def _chunk(
             there = columns < KP - k
             weights = tl.load(pointers + k, mask=there[None, :], other=0.0)
             values = tl.load(x_pointers + k, mask=there[:, None] & alive[None, :], other=0.0)
-        acc = dot(weights.to(values.dtype), values, acc)
+        acc = dot(widened(weights, values.dtype), values, acc)
     return acc
 
 

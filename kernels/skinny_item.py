@@ -10,6 +10,7 @@ import triton.language as tl
 
 from agentrt.kernels.dependent import arrive, dot, prefetch
 from agentrt.kernels.gemv import ADD, GATE_UP
+from agentrt.kernels.widen import widened
 
 _ADD = tl.constexpr(ADD)
 _GATE_UP = tl.constexpr(GATE_UP)
@@ -57,8 +58,9 @@ def prefetch_item(
     threads = tl.arange(0, _THREADS)
     row = weight_row(item // SPLITS, threads % R, N, KIND)
     AHEAD: tl.constexpr = KP if KP < COLUMNS else COLUMNS
-    nbytes: tl.constexpr = AHEAD // 2 * (weight.dtype.element_ty.primitive_bitwidth // 8)
-    half = AHEAD // 2 * (threads // R)
+    EACH: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    nbytes: tl.constexpr = AHEAD // 2 * EACH // 16 * 16
+    half = nbytes // EACH * (threads // R)
     prefetch(
         weight + row.to(tl.int64) * K + item % SPLITS * KP + half,
         tl.full([_THREADS], nbytes, tl.int32),
@@ -128,7 +130,7 @@ def skinny_item(
             there = columns < KP - k
             weights = tl.load(pointers + k, mask=there[None, :], other=0.0)
             values = tl.load(x_pointers + k, mask=there[:, None] & alive[None, :], other=0.0)
-        acc = dot(weights.to(values.dtype), values, acc)
+        acc = dot(widened(weights, values.dtype), values, acc)
     if NORM:
         factor = tl.rsqrt(tl.sum(parts, 0) / K + eps)
     if SPLITS > 1:

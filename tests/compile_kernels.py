@@ -24,6 +24,7 @@ from agentrt.kernels.ordered_decode import ROWS, ordered_decode_kernel
 from agentrt.kernels.ordered_prefill import ordered_prefill_kernel, ordered_tiles
 from agentrt.kernels.ordered_products import TOKEN_TILES, OrderedTiles, ordered_kernel
 from agentrt.kernels.skinny import SkinnyTiles, num_tiles, skinny_kernel
+from agentrt.kernels.widen import TILE_COLUMNS, TILE_VALUES, widen_kernel
 
 DUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 POINTERS = {
@@ -81,13 +82,26 @@ def products(name, rows, columns, kind):
         f"gemv_{name}",
         compiled(gemv_kernel, constants, num_warps=gemv.num_warps, launch_pdl=True),
     )
-    skinny = SkinnyTiles.choose(num_tiles(rows, kind), columns)
-    shared |= {"SPLITS": skinny.splits, "BK": skinny.columns, "PREFETCH": skinny.prefetch}
     shared |= {"PARTS": 64, "NEXT": kind == ADD}
-    for batch in (16, 32, 64):
-        constants = {**shared, "BP": batch, "STAGES": skinny.num_stages(batch)}
-        made = compiled(skinny_kernel, constants, num_warps=4, launch_pdl=True)
-        yield f"skinny_{name}_{batch}", made | {"is_deep": skinny.is_deep}
+    for is_narrow in (False, True):
+        choose = SkinnyTiles.choose_narrow if is_narrow else SkinnyTiles.choose
+        skinny = choose(num_tiles(rows, kind), columns)
+        shared |= {"SPLITS": skinny.splits, "BK": skinny.columns, "PREFETCH": skinny.prefetch}
+        shared["SCALED"] = is_narrow
+        types = {"weight": "*fp8e4nv"} if is_narrow else {}
+        for batch in (16, 32, 64):
+            constants = {**shared, "BP": batch, "STAGES": skinny.num_stages(batch)}
+            made = compiled(skinny_kernel, constants, types, num_warps=4, launch_pdl=True)
+            made["is_deep"] = skinny.is_deep
+            yield f"skinny{'-fp8' if is_narrow else ''}_{name}_{batch}", made
+
+
+def widening(rows, columns):
+    """A weight of 8 bits, made as wide as cuBLAS takes it."""
+    tile = {"BK": TILE_COLUMNS, "R": TILE_VALUES // TILE_COLUMNS}
+    types = {"weight": "*fp8e4nv"}
+    made = compiled(widen_kernel, {"N": rows, "K": columns, **tile}, types, num_warps=8)
+    yield f"widen_{rows}x{columns}", made
 
 
 def attention(dim, kind="", types=None):
@@ -148,6 +162,8 @@ def main():
     for product in PRODUCTS:
         found |= products(*product)
         found |= ordered_products(*product)
+    found |= widening(3072, 2048)
+    found |= widening(576, 1536)
     for dim in (64, 128):
         found |= attention(dim)
         found |= attention(dim, "-fp8", {"key_cache": "*fp8e4nv", "value_cache": "*fp8e4nv"})

@@ -57,12 +57,31 @@ def test_weights_are_read_16_bytes_at_a_time(kernels: dict[str, dict[str, object
             loads = re.findall(r"ld\.global\.cg\S*", ptx)
             assert sum(".v4.b32" in load for load in loads) >= 8, name
             assert int(str(kernel["shared"])) <= MAX_SHARED_BYTES_AT_BATCH_1
+        elif name.startswith("widen"):  # half of what is stored, which is 16 bytes
+            assert len(re.findall(r"ld\.global\S*evict_first\S*\.v2\.b32", ptx)) == 4, name
+            assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == 4, name
+            assert kernel["shared"] == 0, name
         else:
             copies = re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx)
             assert copies, name
         if name.startswith("decode-fp8"):  # never byte by byte
             assert "ld.shared.b8" not in ptx, name
             assert "cp.async.ca" not in ptx, name
+        if name.startswith("skinny-fp8"):  # 8 bytes at a time, and then in pairs
+            assert set(re.findall(r"cp\.async\.ca[^;]*, (0x\w+)", ptx)) == {"0x8"}, name
+            assert "ld.shared.b8" not in ptx, name
+
+
+def test_weights_of_8_bits_are_widened_in_pairs(kernels: dict[str, dict[str, object]]) -> None:
+    """`cvt.bf16.f16` takes one at a time, through the unit of special functions."""
+    seen = 0
+    for name, kernel in kernels.items():
+        if name.startswith(("skinny-fp8", "widen")):
+            seen += 1
+            ptx = str(kernel["ptx"])
+            assert "cvt.rn.f16x2.e4m3x2" in ptx, name
+            assert not re.search(r"cvt\.(rn\.)?bf16\.f16", ptx), name
+    assert seen == 11
 
 
 def test_products_run_on_the_tensor_cores_that_they_are_made_for(
@@ -102,7 +121,7 @@ def test_what_a_predecessor_made_is_read_after_the_wait(
 ) -> None:
     """Products: before the wait only weights (evict_first, or prefetched) and norms are read."""
     for name, kernel in kernels.items():
-        if "prefill" in name or name.endswith(("_200", "_2048")):
+        if "prefill" in name or name.startswith("widen") or name.endswith(("_200", "_2048")):
             continue
         before, wait, _ = str(kernel["ptx"]).partition("griddepcontrol.wait")
         assert wait, name

@@ -1,4 +1,5 @@
-"""Models with a KV pool of 8 bits, on the Triton path, interpreted where there is no GPU."""
+"""8-bit weights, and models with a KV pool of 8 bits, on the Triton path, interpreted where there
+is no GPU."""
 
 import json
 from pathlib import Path
@@ -21,6 +22,8 @@ from agentrt.kernels.cuda import CudaOps
 from agentrt.kernels.dispatch import Compute, choose_compute
 from agentrt.kernels.narrow import KV_DTYPE
 from agentrt.kernels.reference import ReferenceOps
+from agentrt.kernels.skinny import SkinnyTiles, SkinnyWork, skinny
+from agentrt.kernels.widen import widen
 from agentrt.models import kv_scales
 from agentrt.models.kv_scales import digest_of
 from agentrt.models.llama import LlamaModel, expected_shapes
@@ -36,6 +39,53 @@ pytestmark = interpreted
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens to find scales from: they are interpreted."""
     monkeypatch.setattr(kv_scales, "MOST_TOKENS", 48)
+
+
+def every_number() -> torch.Tensor:
+    """All 254 of e4m3, twice two zeros in place of what is no number: [256]."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = codes[[0x00, 0x80]]
+    return codes.view(torch.float8_e4m3fn)
+
+
+def bits_of(values: torch.Tensor) -> torch.Tensor:
+    return values.cpu().view(torch.int16)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 256), (7, 48), (5, 2064), (130, 64)])
+def test_weights_are_widened_bit_for_bit(rows: int, columns: int) -> None:
+    """As torch does it in two steps: both factors in bf16, their product rounded once. Where a
+    device rounds, the interpreter cuts off: the scale, and the product."""
+    torch.manual_seed(rows)
+    places = torch.arange(rows)[:, None] * 5 + torch.arange(columns)
+    weight = every_number().view(torch.uint8)[places % 256].view(torch.float8_e4m3fn)
+    ones = widen(weight.to(DEVICE), torch.ones(rows, device=DEVICE), torch.bfloat16)
+    assert torch.equal(bits_of(ones), bits_of(weight.float().bfloat16()))
+    scales = torch.randn(rows).exp() * 1e-3
+    expected = weight.to(torch.bfloat16).mul_(scales[:, None].to(torch.bfloat16))
+    got = widen(weight.to(DEVICE), scales.to(DEVICE), torch.bfloat16)
+    most = 0 if HAS_GPU else 3
+    assert (bits_of(got).int() - bits_of(expected).int()).abs().max() <= most
+
+
+@pytest.mark.parametrize("columns", [256, 272])
+def test_a_product_of_few_rows_takes_every_weight_for_what_it_is(columns: int) -> None:
+    """Each row of the batch picks one column; the tiles of 128 are whole ones, and not."""
+    places = torch.arange(256)[:, None] * 3 + torch.arange(columns)
+    weight = every_number().view(torch.uint8)[places % 256].view(torch.float8_e4m3fn)
+    picked = torch.tensor([0, 1, 8, 9, 127, 128, 200, columns - 1])
+    x = torch.zeros(8, columns).scatter_(1, picked[:, None], 1.0).bfloat16().to(DEVICE)
+    partial = torch.empty(1 << 16, dtype=torch.float32, device=DEVICE)
+    work = SkinnyWork(partial, torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    out = torch.full((8, 256), float("nan"), device=DEVICE)
+    skinny(weight.to(DEVICE), x, out, work, scales=torch.ones(256, device=DEVICE))
+    assert torch.equal(out.cpu(), weight.float()[:, picked].t())
+
+
+def test_tiles_of_8_bit_weights_depend_on_the_shape_alone() -> None:
+    tiles = SkinnyTiles.choose_narrow(32, 8192)
+    assert (tiles.splits, tiles.columns, tiles.is_deep) == (8, 128, False)
+    assert SkinnyTiles.choose(32, 8192).is_deep
 
 
 def narrow(folder: Path) -> LoadedModel:  # noqa: F811
