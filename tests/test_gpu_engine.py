@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from gpu import DEVICE, needs_gpu, relative_error
@@ -106,6 +107,7 @@ async def test_drafts_change_no_clear_token(folder: Path, wrong: frozenset[int])
         plain = await asyncio.gather(*(engine.generate(p, options) for p in REPEATED))
     async with Engine(folder, config()) as engine:
         drafter = told(REPEATED, [one.token_ids for one in plain], wrong=wrong)
+        drafter.limits = attrs.evolve(drafter.limits, guesses_a_request=0.0)  # six requests guess
         engine._open.loop.scheduler.drafter = drafter
         alone = await engine.generate(REPEATED[0], options)
         drafted = await asyncio.gather(*(engine.generate(p, options) for p in REPEATED))
