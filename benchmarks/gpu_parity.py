@@ -8,13 +8,11 @@ the token that agentrt wrote and the one that transformers would write in bf16 a
 float32's. Fails if more of agentrt's differ.
 """
 
-import argparse
 import asyncio
-from pathlib import Path
 
 import torch
 from attrs import evolve
-from parity import CONFIG, Row, continuations, peer, prompts
+from parity import CONFIG, Row, arguments_of, continuations, peer, prompts
 
 
 def read(dtype: torch.dtype, given: list[list[int]], got: list[Row]) -> list[torch.Tensor]:
@@ -29,11 +27,7 @@ def read(dtype: torch.dtype, given: list[list[int]], got: list[Row]) -> list[tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=64)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     given = prompts(arguments.shared, arguments.prompts)
     config = evolve(CONFIG, device="cuda", dtype="bfloat16")
     got = asyncio.run(continuations(given, arguments.tokens, config))

@@ -78,12 +78,17 @@ def compare(
     return differ, ties, error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(doc: str) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of(__doc__)
     given = prompts(arguments.shared, arguments.prompts)
     begin = time.perf_counter()
     got = asyncio.run(continuations(given, arguments.tokens))
