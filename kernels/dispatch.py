@@ -43,13 +43,16 @@ class Compute:
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
 
-def has_avx512() -> bool:
-    """Whether the CPU has vectors of 16 floats."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def has_avx2() -> bool:
+    """Whether the CPU has vectors of 8 floats (AVX2 with FMA), or of 16 (AVX-512)."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def has_fast_int8() -> bool:
-    """Whether the CPU multiplies int8 exactly and fast (VNNI or AMX). Older ones saturate."""
+    """Whether torch multiplies int8 exactly and fast (VNNI or AMX). On older CPUs it saturates.
+
+    The native kernels do not: they say for themselves whether they are fast (`Native.has_int8`).
+    """
     return bool(torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -91,27 +94,44 @@ def choose_compute(
         raise ConfigError(f"weights={weights!r} is not available on the CPU: use 'int8' or 'auto'")
     if weights == "int8" and dtype == "bfloat16":
         raise ConfigError("weights='int8' computes in float32: leave dtype at 'auto'")
-    if weights == "int8" and not has_fast_int8():
-        raise ConfigError("weights='int8' needs a CPU with VNNI or AMX: use weights='auto'")
-    auto_int8 = weights == "auto" and dtype == "auto" and is_quantised and has_fast_int8()
-    if weights == "int8" or auto_int8:
-        return _choose_cpu(cache_dir, deterministic, is_int8=True)
+    if weights == "int8" or (weights == "auto" and dtype == "auto" and is_quantised):
+        return _choose_int8(cache_dir, deterministic, is_required=weights == "int8")
     if dtype == "bfloat16" and deterministic:
         raise ConfigError("deterministic=True on a CPU needs dtype='float32' or weights='int8'")
     if dtype == "bfloat16" or (dtype == "auto" and has_fast_bfloat16() and not deterministic):
         return _on_torch("dense", torch.bfloat16)
-    return _choose_cpu(cache_dir, deterministic, is_int8=False)
+    native = _native_or_why(cache_dir, deterministic)
+    if isinstance(native, str):
+        return _on_torch("dense", torch.float32, native)
+    return _on_native(native, is_int8=False)
 
 
-def _choose_cpu(cache_dir: Path, deterministic: bool, *, is_int8: bool) -> Compute:
-    """The native kernels; torch's where those cannot be had, unless bits were promised."""
+def _choose_int8(cache_dir: Path, deterministic: bool, *, is_required: bool) -> Compute:
+    """int8 by whoever multiplies it fast here. Where nobody does: float32, or ConfigError."""
+    native = _native_or_why(cache_dir, deterministic)
+    if isinstance(native, Native):
+        has_int8, why = native.has_int8, "this processor has AVX-512 without it"
+    else:
+        has_int8, why = has_fast_int8(), f"the native CPU kernels do with AVX2, but: {native}"
+    if is_required and not has_int8:
+        raise ConfigError(f"weights='int8' needs VNNI or AMX ({why}): use weights='auto'")
+    if isinstance(native, str):
+        return _on_torch("int8" if has_int8 else "dense", torch.float32, native)
+    return _on_native(native, is_int8=has_int8)
+
+
+def _native_or_why(cache_dir: Path, deterministic: bool) -> Native | str:
+    """The native kernels, or why torch's serve; those never where bits were promised."""
     try:
-        native = load_native(cache_dir)
+        return load_native(cache_dir)
     except NativeUnavailable as exc:
         if deterministic:
             raise ConfigError(f"deterministic=True needs the native CPU kernels: {exc}") from exc
         logger.warning("the native CPU kernels are not in use: %s", exc)
-        return _on_torch("int8" if is_int8 else "dense", torch.float32, str(exc))
+        return str(exc)
+
+
+def _on_native(native: Native, *, is_int8: bool) -> Compute:
     # bfloat16 KV moves SmolLM2's output no farther than int8 weights do alone (mean KL 0.0042).
     narrow = is_int8 and native.has_bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -127,11 +147,11 @@ def _choose_cpu(cache_dir: Path, deterministic: bool, *, is_int8: bool) -> Compu
 def load_native(cache_dir: Path) -> Native:
     """The native kernels, built if need be. Raises NativeUnavailable.
 
-    Their vectors are as wide as AVX-512's. Compiled for AVX2 they are right, but a prefill of
-    2,048 tokens in float32 took 70 s instead of 3.4 s, as gcc takes the vectors apart.
+    Their vectors are as wide as AVX-512's or AVX2's. Where the processor's are narrower gcc takes
+    them apart: compiled so for AVX2, a prefill of 2,048 tokens in float32 took 70 s.
     """
-    if not has_avx512():
-        raise NativeUnavailable("the processor has no AVX-512, without which they are slow")
+    if not has_avx2():
+        raise NativeUnavailable("the processor has no AVX2, without which they are slow")
     return Native.load(cache_dir)
 
 

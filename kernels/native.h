@@ -1,4 +1,4 @@
-/* What the native kernels share: vectors of 16 lanes, and the structs that Python fills in.
+/* What the native kernels share: vectors, and the structs that Python fills in.
  *
  * Every sum has one order, which depends on the width of what is summed and on nothing else: not on
  * the rows beside a row, the threads, or where a chunk of a prompt began. Hence no -ffast-math, no
@@ -14,11 +14,31 @@
 #include <immintrin.h>
 #endif
 
-#define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
+/* Vectors are the processor's own: what is wider than its registers, gcc keeps in memory (a prefill
+ * of 2,048 tokens took 70 s so on AVX2). The pool, packed weights and the order of sums are the
+ * same at either width: what is summed by lane is summed in SUM_LANES lanes, which are SUMS vectors. */
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define LANES 8
+#define COUNT 0, 1, 2, 3, 4, 5, 6, 7
+#define REPEAT(x) x, x, x, x, x, x, x, x
+#else
+#define LANES 16
+#define COUNT 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define REPEAT(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
+#endif
+#define SUM_LANES 16
+#define SUMS (SUM_LANES / LANES)
+
+/* Rows that one pass over weights or keys makes, and vectors of these that it takes at a time. 6
+ * rows x 4 vectors fit the 32 registers of AVX-512. AVX2 has 16: it goes over a panel in parts. */
+#define ROWS 6
+#define PASS(rows) (LANES == 16 ? 4 : (rows) == 1 ? 8 : (rows) <= 3 ? 4 : 2)
+#define MOST_PASS (64 / LANES)
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 /* A packed matrix [outputs, inputs]; native.py packs it and says how. */
 typedef struct {
@@ -78,7 +98,7 @@ INLINE floats load(const void *from) {
 
 INLINE void store(void *to, floats v) { memcpy(to, &v, sizeof v); }
 
-/* The first n < 16 numbers, and zeros. */
+/* The first n < LANES numbers, and zeros. */
 INLINE floats load_part(const float *from, int64_t n) {
     floats v = {0};
     memcpy(&v, from, (size_t)n * sizeof(float));
@@ -86,17 +106,19 @@ INLINE floats load_part(const float *from, int64_t n) {
 }
 
 INLINE floats splat(float x) {
-    return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return (floats){REPEAT(x)};
 }
 
 INLINE ints splat_int(int32_t x) {
-    return (ints){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return (ints){REPEAT(x)};
 }
 
 /* a * b + c with one rounding. */
 INLINE floats multiply_add(floats a, floats b, floats c) {
 #if defined(__AVX512F__)
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     floats out;
     for (int lane = 0; lane < LANES; lane++) out[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
@@ -107,6 +129,8 @@ INLINE floats multiply_add(floats a, floats b, floats c) {
 INLINE floats maximum(floats a, floats b) {
 #if defined(__AVX512F__)
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     floats out;
     for (int lane = 0; lane < LANES; lane++) out[lane] = a[lane] > b[lane] ? a[lane] : b[lane];
@@ -120,15 +144,25 @@ INLINE floats choose(ints mask, floats a, floats b) {
 }
 
 #define FOLD(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#if LANES == 8
+#define HALVES(op, v)                             \
+    v = op(v, FOLD(v, 4, 5, 6, 7, 0, 1, 2, 3));   \
+    v = op(v, FOLD(v, 2, 3, 0, 1, 6, 7, 4, 5));   \
+    v = op(v, FOLD(v, 1, 0, 3, 2, 5, 4, 7, 6))
+#else
 #define HALVES(op, v)                                                                     \
     v = op(v, FOLD(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));             \
     v = op(v, FOLD(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));             \
     v = op(v, FOLD(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));             \
     v = op(v, FOLD(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#endif
 
 INLINE floats plus(floats a, floats b) { return a + b; }
 
-INLINE float sum_lanes(floats v) {
+/* The sum of SUM_LANES lanes, the same way at any width of a vector: halves are added. */
+INLINE float sum_lanes(const floats sums[SUMS]) {
+    floats v = sums[0];
+    for (int i = 1; i < SUMS; i++) v += sums[i];
     HALVES(plus, v);
     return v[0];
 }

@@ -82,10 +82,12 @@ class Native:
             "add_norm": [address] * 6,
             "gate_up": [address] * 5,
             "scratch_bytes": [address],
+            "row_bytes": [number, number],
             "has_bfloat16": [],
+            "has_int8": [],
             "abi": [],
         }
-        returns = {"scratch_bytes", "has_bfloat16", "abi"}
+        returns = {"scratch_bytes", "row_bytes", "has_bfloat16", "has_int8", "abi"}
         for name, types in arguments.items():
             function = getattr(library, f"native_{name}")
             function.argtypes = types
@@ -98,6 +100,11 @@ class Native:
     def has_bfloat16(self) -> bool:
         """Whether the processor multiplies bfloat16 pairs: then the KV pool may hold them."""
         return bool(self.library.native_has_bfloat16())
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether int8 products are fast. They are exact everywhere."""
+        return bool(self.library.native_has_int8())
 
 
 @frozen
@@ -238,7 +245,7 @@ class NativeStep:
         """Memory for rows that products read (see native_row_bytes)."""
         if not self.is_int8:
             return torch.empty(num_rows, width)
-        row_bytes = 2 * (-(-width // WIDTH_UNIT) * WIDTH_UNIT) + WIDTH_UNIT
+        row_bytes = self.native.native_row_bytes(width, True)
         return torch.empty(num_rows, row_bytes, dtype=torch.int8)
 
 

@@ -114,7 +114,7 @@ static int is_appended_by(const Segment *segment, int64_t index, int thread, int
 static Tile tile_at(const Step *step, int64_t layer, int64_t head, const Segment *segment,
                     int64_t first_key, int64_t end) {
     Tile tile = {.first_key = first_key, .num_keys = smaller(end - first_key, TILE)};
-    for (int64_t i = 0; i < VECTORS; i++) { /* what is behind the last key is masked */
+    for (int64_t i = 0; i < GROUPS; i++) { /* what is behind the last key is masked */
         int64_t key = first_key + smaller(i, (tile.num_keys - 1) / GROUP) * GROUP;
         tile.keys[i] = group_at(step, layer, 0, segment, head, key);
         tile.values[i] = group_at(step, layer, 1, segment, head, key);
@@ -187,7 +187,7 @@ static void attend_split(const Step *step, const Memory *memory, int64_t layer, 
                          const Tile *following) {
     int64_t padded = padded_dim(step);
     memset(memory->outputs, 0, (size_t)(num * padded) * sizeof(float));
-    for (int64_t i = 0; i < num; i++) memory->running[i] = (Running){NOTHING, splat(0)};
+    for (int64_t i = 0; i < num; i++) memory->running[i] = (Running){NOTHING, {splat(0)}};
     int64_t split_end = smaller((split + 1) * SPLIT, end);
     Tile tile = tile_at(step, layer, head, segment, split * SPLIT, split_end), next;
     for (int64_t first = split * SPLIT; first < split_end; first += TILE, tile = next) {

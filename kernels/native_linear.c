@@ -1,8 +1,9 @@
 /* Matrix products, and the rows that they read.
  *
  * int8: weights are int8 with a scale an output, stored plus 128 as the dot instruction wants one
- * unsigned side; activations are two int8 digits, so sums are integers and exact. float32: sums run
- * over the inputs in ascending order, one fused multiply-add each. In both a lane is an output.
+ * unsigned side; activations are two int8 digits, so sums are integers and exact, with or without
+ * that instruction. float32: sums run over the inputs in ascending order, one fused multiply-add
+ * each. In both a lane is an output.
  */
 #include "native.h"
 
@@ -12,9 +13,15 @@
 #define WIDTH_UNIT 64    /* rows of digits are padded to whole cache lines */
 #define INT8_PANEL 32    /* outputs that one pass over the inputs makes */
 #define FLOAT_PANEL 64
-#define ROWS 6           /* rows that one pass makes: 6 rows x 4 vectors fit the registers */
 #define AHEAD_BYTES 2048 /* of the weights: 5.2 ms of a decode step become 4.1; less or more: 4.6 */
 #define CHUNK_BYTES (320 << 10) /* rows that a pass over all panels reads: they stay in L2 */
+
+/* A digit as the products read it: where no instruction multiplies bytes, 16 bits. */
+#if LANES == 8
+typedef int16_t Digit;
+#else
+typedef int8_t Digit;
+#endif
 
 /* What stands behind a row's digits (low ones first, then high ones). */
 typedef struct {
@@ -23,13 +30,29 @@ typedef struct {
 } Tail;
 
 int64_t native_row_bytes(int64_t width, int64_t is_int8) {
-    return is_int8 ? 2 * round_up(width, WIDTH_UNIT) + WIDTH_UNIT : width * (int64_t)sizeof(float);
+    return is_int8 ? 2 * (int64_t)sizeof(Digit) * round_up(width, WIDTH_UNIT) + WIDTH_UNIT
+                   : width * (int64_t)sizeof(float);
+}
+
+/* Of four digits a, b, c, d: a, c, b, d, as int8_vectors wants them. */
+INLINE void swap_middles(Digit *digits, int64_t num) {
+#if LANES == 8
+    typedef int16_t eight __attribute__((vector_size(16)));
+    for (int64_t i = 0; i < num; i += 8) {
+        eight v;
+        memcpy(&v, digits + i, sizeof v);
+        v = FOLD(v, 0, 2, 1, 3, 4, 6, 5, 7);
+        memcpy(digits + i, &v, sizeof v);
+    }
+#else
+    (void)digits, (void)num;
+#endif
 }
 
 /* row ~ peak / LARGEST * (256 * high + low), within half of that unit. */
 static void split_digits(const float *row, int64_t width, char *to) {
     int64_t padded = round_up(width, WIDTH_UNIT);
-    int8_t *low = (int8_t *)to, *high = low + padded;
+    Digit *low = (Digit *)to, *high = low + padded;
     float peak = TINY;
     for (int64_t i = 0; i < width; i += LANES) {
         floats v = width - i < LANES ? load_part(row + i, width - i) : load(row + i);
@@ -41,14 +64,15 @@ static void split_digits(const float *row, int64_t width, char *to) {
         int32_t whole = (int32_t)__builtin_rintf(row[i] * unit);
         int32_t upper = (whole + 128) >> 8;
         low[i] = (int8_t)whole; /* the low byte read as signed: `upper` makes up for that */
-        high[i] = (int8_t)upper;
+        high[i] = (Digit)upper;
         sum_low += low[i];
         sum_high += high[i];
     }
-    memset(low + width, 0, (size_t)(padded - width));
-    memset(high + width, 0, (size_t)(padded - width));
+    memset(low + width, 0, (size_t)(padded - width) * sizeof(Digit));
+    memset(high + width, 0, (size_t)(padded - width) * sizeof(Digit));
+    swap_middles(low, 2 * padded);
     Tail tail = {peak, sum_low, sum_high};
-    memcpy(to + 2 * padded, &tail, sizeof tail);
+    memcpy(low + 2 * padded, &tail, sizeof tail);
 }
 
 void write_row(const float *row, int64_t width, char *to, int64_t is_int8) {
@@ -60,15 +84,41 @@ void write_row(const float *row, int64_t width, char *to, int64_t is_int8) {
 
 /* Root-mean-square norm (Zhang, Sennrich 2019). */
 void norm_row(const float *row, const float *weight, int64_t width, double eps, float *to) {
-    floats squares = {0};
+    floats squares[SUMS] = {0};
     for (int64_t i = 0; i < width; i += LANES) {
         floats v = width - i < LANES ? load_part(row + i, width - i) : load(row + i);
-        squares = multiply_add(v, v, squares);
+        squares[i / LANES % SUMS] = multiply_add(v, v, squares[i / LANES % SUMS]);
     }
     float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)width + (float)eps);
     for (int64_t i = 0; i < width; i++) to[i] = row[i] * scale * weight[i];
 }
 
+INLINE ints load_ints(const void *from) { return (ints)load(from); }
+
+INLINE void put(float *to, floats y, int64_t num, int64_t adds) {
+    if (num >= LANES) {
+        store(to, adds ? load(to) + y : y);
+    } else if (num > 0) {
+        if (adds) y += load_part(to, num);
+        memcpy(to, &y, (size_t)num * sizeof(float));
+    }
+}
+
+/* What exact sums of digits times (weights + 128) come to, for the outputs from `first`. */
+INLINE floats exact_product(ints low, ints high, const Tail *tail, const Linear *linear,
+                            int64_t first) {
+    ints exact_low = low - splat_int(128 * tail->sum_low);
+    ints exact_high = high - splat_int(128 * tail->sum_high);
+    floats y = __builtin_convertvector(exact_high, floats) * splat(DIGIT);
+    y = (__builtin_convertvector(exact_low, floats) + y) * load(linear->scale + first);
+    y = y * splat(tail->peak);
+    if (linear->bias) y += load(linear->bias + first);
+    return y;
+}
+
+#if LANES == 8
+#include "native_linear_avx2.h"
+#else
 INLINE ints dot_bytes(ints sum, ints unsigned_bytes, ints signed_bytes) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
@@ -80,17 +130,6 @@ INLINE ints dot_bytes(ints sum, ints unsigned_bytes, ints signed_bytes) {
     return sum;
 #endif
 }
-
-INLINE void put(float *to, floats y, int64_t num, int64_t adds) {
-    if (num >= LANES) {
-        store(to, adds ? load(to) + y : y);
-    } else if (num > 0) {
-        if (adds) y += load_part(to, num);
-        memcpy(to, &y, (size_t)num * sizeof(float));
-    }
-}
-
-INLINE ints load_ints(const void *from) { return (ints)load(from); }
 
 INLINE void int8_tile(int num_rows, const char *x, int64_t row_bytes, const Linear *linear,
                       int64_t panel, float *out, int64_t adds) {
@@ -115,12 +154,7 @@ INLINE void int8_tile(int num_rows, const char *x, int64_t row_bytes, const Line
         memcpy(&tail, x + row * row_bytes + 2 * padded, sizeof tail);
         for (int half = 0; half < 2; half++) {
             int64_t first = panel * INT8_PANEL + half * LANES;
-            ints exact_low = low[row][half] - splat_int(128 * tail.sum_low);
-            ints exact_high = high[row][half] - splat_int(128 * tail.sum_high);
-            floats y = __builtin_convertvector(exact_high, floats) * splat(DIGIT);
-            y = (__builtin_convertvector(exact_low, floats) + y) * load(linear->scale + first);
-            y = y * splat(tail.peak);
-            if (linear->bias) y += load(linear->bias + first);
+            floats y = exact_product(low[row][half], high[row][half], &tail, linear, first);
             put(out + row * linear->outputs + first, y, linear->outputs - first, adds);
         }
     }
@@ -149,6 +183,7 @@ INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Lin
             put(out + row * linear->outputs + first, y, linear->outputs - first, adds);
         }
 }
+#endif
 
 #define TILE_CASES(tile)                                                  \
     switch (num_rows) {                                                   \
@@ -183,4 +218,13 @@ void product(const char *x, int64_t num_rows, const Linear *linear, float *out, 
             product_tile(smaller(end - row, ROWS), x + row * row_bytes, row_bytes, linear, panel,
                          out + row * linear->outputs, adds);
     }
+}
+
+/* Whether bytes are multiplied fast: AVX-512 without VNNI does it one by one. */
+int64_t native_has_int8(void) {
+#if defined(__AVX512VNNI__)
+    return 1;
+#else
+    return LANES == 8;
+#endif
 }

@@ -5,11 +5,11 @@
 
 #include "native.h"
 
-#define GROUP LANES  /* tokens that lie interleaved in the pool, see kv_layout.py */
-#define VECTORS 4    /* groups of a tile: vectors of its scores */
-#define TILE (VECTORS * GROUP) /* keys */
+#define GROUP 16     /* tokens that lie interleaved in the pool, see kv_layout.py */
+#define GROUPS 4     /* of a tile */
+#define TILE (GROUPS * GROUP) /* keys */
+#define VECTORS (TILE / LANES) /* of a row's scores of a tile */
 #define SPLIT 256    /* keys */
-#define ROWS 6       /* query rows of one pass over a tile: 6 x 4 vectors fit the registers */
 #define SHORT_ROWS 16 /* of a segment whose splits are items of their own */
 #define MOST_ROWS 192 /* query rows of an item */
 #define NOTHING -1e30f
@@ -17,13 +17,13 @@
 /* The running softmax of one query row: sums are relative to 2^peak. */
 typedef struct {
     float peak;
-    floats weights; /* summed by lane */
+    floats weights[SUMS]; /* summed by lane */
 } Running;
 
 /* Where a tile's groups lie in the pool. A unit is 32 bits: a float, or two bfloat16. */
 typedef struct {
-    const char *keys[VECTORS];   /* [units of dim][GROUP] */
-    const char *values[VECTORS]; /* [units of GROUP][dim] */
+    const char *keys[GROUPS];   /* [units of dim][GROUP] */
+    const char *values[GROUPS]; /* [units of GROUP][dim] */
     int64_t first_key, num_keys;
 } Tile;
 
@@ -37,7 +37,7 @@ typedef struct {
     int64_t *positions; /* [MOST_ROWS] */
 } Memory;
 
-INLINE int64_t padded_dim(const Step *step) { return round_up(step->head_dim, LANES); }
+INLINE int64_t padded_dim(const Step *step) { return round_up(step->head_dim, 16); }
 INLINE int64_t groups_of(const Step *step) { return step->num_heads / step->num_kv_heads; }
 INLINE int64_t element_bytes(const Step *step) { return step->is_bfloat16 ? 2 : 4; }
 INLINE int64_t partial_floats(const Step *step) {
@@ -73,23 +73,36 @@ INLINE floats splat_unit(const char *from) {
     return (floats)splat_int(bits);
 }
 
-/* scores[row][key] of a tile: sums over the units of dim. */
-INLINE void score_tile(int is_bfloat16, int num_rows, const char *queries, int64_t units,
-                       const Tile *tile, const Tile *next, floats scores[ROWS][VECTORS]) {
-    floats sums[ROWS][VECTORS] = {0};
+/* scores[row][key] of a tile, `width` vectors of keys from `first`: sums over the units of dim. */
+INLINE void score_vectors(int is_bfloat16, int num_rows, int first, int width, const char *queries,
+                          int64_t units, const Tile *tile, const Tile *next,
+                          floats scores[ROWS][VECTORS]) {
+    floats sums[ROWS][MOST_PASS] = {0};
     for (int64_t unit = 0; unit < units; unit++) {
-        floats keys[VECTORS];
-        for (int i = 0; i < VECTORS; i++) {
-            keys[i] = load(tile->keys[i] + unit * GROUP * 4);
-            if (next) FETCH(next->keys[i] + unit * GROUP * 4);
+        floats keys[MOST_PASS];
+        for (int i = 0; i < width; i++) {
+            int group = (first + i) * LANES / GROUP, inside = (first + i) * LANES % GROUP;
+            keys[i] = load(tile->keys[group] + (unit * GROUP + inside) * 4);
+            if (next && !inside) FETCH(next->keys[group] + unit * GROUP * 4);
         }
         for (int row = 0; row < num_rows; row++) {
             floats q = splat_unit(queries + (row * units + unit) * 4);
-            for (int i = 0; i < VECTORS; i++)
+            for (int i = 0; i < width; i++)
                 sums[row][i] = unit_product(is_bfloat16, q, keys[i], sums[row][i]);
         }
     }
-    memcpy(scores, sums, sizeof sums);
+    if (width == VECTORS)
+        memcpy(scores, sums, sizeof sums);
+    else
+        for (int row = 0; row < num_rows; row++)
+            for (int i = 0; i < width; i++) scores[row][first + i] = sums[row][i];
+}
+
+INLINE void score_tile(int is_bfloat16, int num_rows, const char *queries, int64_t units,
+                       const Tile *tile, const Tile *next, floats scores[ROWS][VECTORS]) {
+    for (int first = 0; first < VECTORS; first += PASS(num_rows))
+        score_vectors(is_bfloat16, num_rows, first, PASS(num_rows), queries, units, tile, next,
+                      scores);
 }
 
 INLINE floats value_lanes(const char *at, int width, int64_t num_lanes) {
@@ -102,16 +115,16 @@ INLINE void value_columns(int is_bfloat16, int num_rows, int width, const char *
                           int64_t dim, int64_t padded, float *outputs) {
     int64_t per_unit = is_bfloat16 ? 2 : 1, units = (tile->num_keys + per_unit - 1) / per_unit;
     int64_t per_group = GROUP / per_unit, num_lanes = dim - column;
-    floats sums[ROWS][VECTORS] = {0};
+    floats sums[ROWS][MOST_PASS] = {0};
     for (int row = 0; row < num_rows; row++)
         for (int i = 0; i < width; i++)
             sums[row][i] = load(outputs + row * padded + column + i * LANES) * splat(decay[row]);
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t group = unit / per_group, inside = (unit % per_group * dim + column) * 4;
-        floats v[VECTORS] = {0};
+        floats v[MOST_PASS] = {0};
         for (int i = 0; i < width; i++) {
-            v[i] = value_lanes(tile->values[group] + inside + i * 64, width, num_lanes);
-            if (next) FETCH(next->values[group] + inside + i * 64);
+            v[i] = value_lanes(tile->values[group] + inside + i * LANES * 4, width, num_lanes);
+            if (next && i * LANES % 16 == 0) FETCH(next->values[group] + inside + i * LANES * 4);
         }
         if ((unit + 1) * per_unit > tile->num_keys) /* nobody wrote the second of the pair */
             for (int i = 0; i < width; i++) v[i] = (floats)((ints)v[i] & splat_int(0xffff));
@@ -139,7 +152,7 @@ INLINE void store_bfloat16(uint16_t *to, floats v) {
 /* Hide the keys that a row does not see; most tiles are seen by all rows as a whole. */
 INLINE void mask_scores(int num_rows, floats scores[ROWS][VECTORS], int64_t first_key,
                         const int64_t *positions) {
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ints lanes = {COUNT};
     for (int row = 0; row < num_rows; row++) {
         int64_t last = positions[row] - first_key; /* the last key that the row sees, if >= 0 */
         if (last >= TILE - 1) continue;
@@ -158,6 +171,7 @@ INLINE void weigh(int is_bfloat16, int num_rows, floats scores[ROWS][VECTORS], R
     for (int row = 0; row < num_rows; row++) {
         floats peak = maximum(maximum(scores[row][0], scores[row][1]),
                               maximum(scores[row][2], scores[row][3]));
+        for (int i = 4; i < VECTORS; i++) peak = maximum(peak, scores[row][i]);
         before[row] = running[row].peak;
         now[row] = fmaxf(before[row], max_lanes(peak));
         running[row].peak = now[row];
@@ -165,17 +179,18 @@ INLINE void weigh(int is_bfloat16, int num_rows, floats scores[ROWS][VECTORS], R
     store(factors, power_of_two(load(before) - load(now)));
     for (int row = 0; row < num_rows; row++) {
         decay[row] = factors[row];
-        floats sum = running[row].weights * splat(decay[row]);
+        floats sums[SUMS];
+        for (int i = 0; i < SUMS; i++) sums[i] = running[row].weights[i] * splat(decay[row]);
         char *to = weights + row * TILE * 4;
         for (int i = 0; i < VECTORS; i++) {
             floats p = power_of_two(scores[row][i] - splat(now[row]));
-            sum += p;
+            sums[i % SUMS] += p;
             if (is_bfloat16)
                 store_bfloat16((uint16_t *)to + i * LANES, p);
             else
                 store(to + i * LANES * 4, p);
         }
-        running[row].weights = sum;
+        for (int i = 0; i < SUMS; i++) running[row].weights[i] = sums[i];
     }
 }
 
@@ -191,9 +206,9 @@ INLINE void attend_rows(int is_bfloat16, int num_rows, const Step *step, const M
     weigh(is_bfloat16, num_rows, scores, memory->running + first, weights, decay);
     float *outputs = memory->outputs + first * padded;
     int64_t column = 0;
-    for (; column + 64 <= dim; column += 64)
-        value_columns(is_bfloat16, num_rows, 4, weights, decay, tile, next, column, dim, padded,
-                      outputs);
+    for (; column + PASS(num_rows) * LANES <= dim; column += PASS(num_rows) * LANES)
+        value_columns(is_bfloat16, num_rows, PASS(num_rows), weights, decay, tile, next, column,
+                      dim, padded, outputs);
     for (; column < dim; column += LANES)
         value_columns(is_bfloat16, num_rows, 1, weights, decay, tile, next, column, dim, padded,
                       outputs);

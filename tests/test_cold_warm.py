@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agentrt import Engine, EngineConfig, GenerateOptions
 from agentrt.config import default_cache_dir
-from agentrt.kernels.dispatch import has_fast_int8, load_native
+from agentrt.kernels.dispatch import load_native
 from agentrt.kernels.native_build import NativeUnavailable
 from agentrt.types import Completion
 
@@ -33,7 +33,7 @@ except NativeUnavailable as exc:
     pytest.skip(f"bits are promised by the native kernels: {exc}", allow_module_level=True)
 KINDS = {"float32": {"dtype": "float32", "deterministic": True}}
 ELEMENT_BYTES = {"float32": 4, "int8": 2 if NATIVE.has_bfloat16 else 4}  # of the KV pool
-if has_fast_int8():
+if NATIVE.has_int8:
     KINDS["int8"] = {"weights": "int8", "deterministic": True}
 # Prompts that share beginnings of several lengths, none a multiple of a block.
 TRUNK = [(7 * i + i * i // 5) % 96 for i in range(300)]

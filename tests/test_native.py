@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt.config import default_cache_dir
-from agentrt.kernels import Geometry, Segment, StepInputs
+from agentrt.kernels import Geometry, Segment, StepInputs, native_build
 from agentrt.kernels.dispatch import load_native
 from agentrt.kernels.kv_layout import GroupLayout
 from agentrt.kernels.linear_cpu import Int8Linear, split_digits
-from agentrt.kernels.native import LARGEST, WIDTH_UNIT, NativeOps, NativeStep
+from agentrt.kernels.native import LARGEST, WIDTH_UNIT, Native, NativeOps, NativeStep
 from agentrt.kernels.native_build import NativeUnavailable
 from agentrt.kernels.plain import PlainStep
 from agentrt.kernels.reference import ReferenceOps
@@ -110,10 +110,19 @@ def opened(x: torch.Tensor, width: int) -> torch.Tensor:
     """Rows that products read, as numbers."""
     if x.dtype == torch.float32:
         return x
-    padded = -(-width // WIDTH_UNIT) * WIDTH_UNIT
-    low, high = x[:, :width].double(), x[:, padded : padded + width].double()
-    peak = x[:, 2 * padded : 2 * padded + 4].contiguous().view(torch.float32)
+    low, high = digits_of(x, width).double()
+    peak = x[:, -WIDTH_UNIT : 4 - WIDTH_UNIT].contiguous().view(torch.float32)
     return ((256 * high + low) * peak.double() / LARGEST).float()
+
+
+def digits_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[2, rows, width]: the low digits of rows that int8 products read, and the high ones."""
+    rows, padded = len(x), -(-width // WIDTH_UNIT) * WIDTH_UNIT
+    digits = x[:, :-WIDTH_UNIT]
+    if digits.shape[1] > 2 * padded:  # 16 bits each, the middle two of four swapped
+        wide = digits.contiguous().view(torch.int16)
+        digits = wide.view(rows, -1, 4)[:, :, [0, 2, 1, 3]].reshape(rows, -1)
+    return digits.view(rows, 2, padded)[:, :, :width].transpose(0, 1)
 
 
 # ---- products and rows
@@ -158,9 +167,58 @@ def test_int8_products_have_the_bits_of_torchs() -> None:
     step = make_step(OPS["int8"], segments_of([(0, 40, (0,))]), make_pool(1, 64, 16), 576)
     _, x = step.embed(table, torch.ones(576))
     digits, _ = split_digits(opened(x, 576))
-    assert torch.equal(digits[:40], x[:, :576])
+    assert torch.equal(digits.view(2, 40, 576), digits_of(x, 576))
     expected = plain(opened(x, 576))
     torch.testing.assert_close(step.linear(x, linear), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("whole", [LARGEST, 127 * 256 - 128, 128, -128, 0])
+def test_extreme_int8_sums_are_exact(rows: int, sign: int, whole: int) -> None:
+    """Weights of 127 or -127 and digits of 127 and -128, next to each other: nothing saturates."""
+    inputs, outputs = 1536, 40
+    weight = torch.full((outputs, inputs), 127.0 * sign)
+    weight[::3, ::2] *= -1
+    numbers = torch.full((inputs,), float(whole))
+    numbers[1:-1:5] *= -1
+    numbers[-1] = LARGEST  # the peak: numbers are then whole ones in its units
+    segments = segments_of([(0, 1, (0,))] * rows)
+    step = make_step(OPS["int8"], segments, make_pool(1, 64, 16), inputs)
+    _, x = step.embed(numbers.expand(50, inputs).contiguous(), torch.ones(inputs))
+    digits = digits_of(x, inputs).long()
+    assert torch.equal(256 * digits[1] + digits[0], numbers.long().expand(rows, inputs))
+    low, high = digits @ weight.long().t()
+    peak = x[:, -WIDTH_UNIT : 4 - WIDTH_UNIT].contiguous().view(torch.float32)
+    expected = (low.float() + high.float() * 256) * torch.tensor(1.0).div(LARGEST) * peak
+    out = step.linear(x, OPS["int8"].pack_linear(weight, None))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("flag", ["-mno-avx2", "-mno-avx512f"])
+@pytest.mark.parametrize("kind", OPS)
+def test_bits_do_not_depend_on_the_width_of_vectors(
+    kind: str, flag: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of 16 lanes without AVX-512, slow as they are, and of 8 lanes where it is."""
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, flag))
+    other = NativeOps(Native.load(tmp_path_factory.getbasetemp()), kind == "int8")
+    width, segments = HEADS * 24, segments_of([(300, 1, (0, 1)), (20, 70, (2, 3))])
+    table, norm = random(50, width, seed=1), random(width, seed=2)
+    down, both = random(width, width, seed=3), random(2 * width + 8, width, seed=4)
+    bias = random(width, seed=5)
+    results = []
+    for ops in (OPS[kind], other):
+        pool = make_pool(4, 256, 24)
+        step = make_step(ops, segments, pool, width)
+        qkv, norms = make_qkv(segments, [7, 8], 24), (random(24, seed=8), random(24, seed=9))
+        attended = step.attend(0, qkv, norms)
+        hidden, x = step.embed(table, norm)
+        normed = step.add_norm(hidden, attended, ops.pack_linear(down, bias), norm)
+        gated = step.gate_up(x, ops.pack_linear(both, None))
+        rows = opened(attended, width), opened(normed, width), opened(gated, width + 4)
+        results.append((pool, hidden, *rows))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("kind", OPS)

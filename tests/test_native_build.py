@@ -9,7 +9,7 @@ import torch
 
 from agentrt.errors import ConfigError
 from agentrt.kernels import native_build
-from agentrt.kernels.dispatch import choose_compute, has_avx512, has_fast_int8
+from agentrt.kernels.dispatch import choose_compute, has_avx2, has_fast_int8
 from agentrt.kernels.native import Native, NativeOps
 from agentrt.kernels.native_build import NativeUnavailable, find_compiler
 
@@ -19,10 +19,10 @@ def has_compiler() -> bool:
         find_compiler()
     except NativeUnavailable:
         return False
-    return has_avx512()
+    return has_avx2()
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C compiler, or no AVX-512")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C compiler, or no AVX2")
 
 
 def fake_compiler(folder: Path, name: str, script: str) -> None:
@@ -31,13 +31,20 @@ def fake_compiler(folder: Path, name: str, script: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def choose(cache_dir: Path, *, dtype: str = "float32", deterministic: bool = False):
+def choose(
+    cache_dir: Path,
+    *,
+    dtype: str = "float32",
+    weights: str = "auto",
+    deterministic: bool = False,
+    is_quantised: bool = False,
+):
     return choose_compute(
         device="cpu",
         dtype=dtype,
-        weights="auto",
+        weights=weights,
         deterministic=deterministic,
-        is_quantised=False,
+        is_quantised=is_quantised,
         cache_dir=cache_dir,
     )
 
@@ -75,7 +82,7 @@ def test_without_a_compiler_torch_serves_and_says_why(
     monkeypatch.setenv("PATH", str(tmp_path))
     compute = choose(tmp_path)
     assert compute.ops.name == "cpu-dense"
-    assert "install one of gcc" in compute.kernels or "AVX-512" in compute.kernels
+    assert "install one of gcc" in compute.kernels or "AVX2" in compute.kernels
     assert "native CPU kernels" in caplog.text
     with pytest.raises(ConfigError, match="deterministic=True needs the native CPU kernels"):
         choose(tmp_path, deterministic=True)
@@ -115,13 +122,28 @@ def test_what_is_chosen(tmp_path: Path) -> None:
     assert choose(tmp_path, dtype="bfloat16").ops.name == "cpu-dense"
     with pytest.raises(ConfigError, match="float32"):
         choose(tmp_path, dtype="bfloat16", deterministic=True)
-    if has_fast_int8():
-        chosen = choose_compute(
-            device="cpu",
-            dtype="auto",
-            weights="auto",
-            deterministic=True,
-            is_quantised=True,
-            cache_dir=tmp_path,
-        )
-        assert (chosen.kernels, chosen.weights) == ("native-int8", "int8")
+    chosen = choose(tmp_path, dtype="auto", deterministic=True, is_quantised=True)
+    name = "int8" if Native.load(tmp_path).has_int8 else "float32"
+    assert (chosen.kernels, chosen.weights) == (f"native-{name}", name)
+
+
+@needs_compiler
+def test_slow_int8_products_serve_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512 without VNNI."""
+    monkeypatch.setattr(Native, "has_int8", False)
+    assert choose(tmp_path, dtype="auto", is_quantised=True).kernels == "native-float32"
+    with pytest.raises(ConfigError, match="VNNI"):
+        choose(tmp_path, dtype="auto", weights="int8")
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX", "SVE256"])
+def test_older_or_other_processors_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    compute = choose(tmp_path, dtype="auto", is_quantised=True)
+    assert compute.ops.name == ("cpu-int8" if has_fast_int8() else "cpu-dense")
+    assert "no AVX2" in compute.kernels
+    if not has_fast_int8():
+        with pytest.raises(ConfigError, match=r"native CPU kernels.*no AVX2"):
+            choose(tmp_path, dtype="auto", weights="int8")
