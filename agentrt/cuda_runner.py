@@ -7,10 +7,8 @@ step that checks drafts is waited for: how many of them are right decides what c
 
 from __future__ import annotations
 
-import gc
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -43,7 +41,7 @@ from agentrt.runner import begin_masks, copy_blocks, kv_pool
 from agentrt.sampler import Sampled, is_drawn_on_device, sample
 from agentrt.scheduler import Plan, Work
 from agentrt.speculate import DraftLimits
-from agentrt.step_device import CudaDevice, Event, StepDevice
+from agentrt.step_device import CudaDevice, Event, StepDevice, no_collection
 from agentrt.step_rows import MixedWork, draws, mixed_work, right_run
 from agentrt.transfer_cuda import CudaCopier
 
@@ -151,7 +149,7 @@ class CudaRunner:
             tables.idle_slot,
             device,
         )
-        with torch.inference_mode(), _no_collection():
+        with torch.inference_mode(), no_collection():
             graphs.capture(config.max_batch)
             if config.decode_launch == "persistent":
                 graphs.use_persistent()
@@ -388,17 +386,3 @@ class CudaRunner:
         self.device.synchronize()
         self.kv = torch.empty(0)
         del self.graphs, self.mixed, self.scratch, self.tables, self.inputs, self.model
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out: page-locked memory of an engine before, let go by the thread
-    that captures, ends the capture with an error."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

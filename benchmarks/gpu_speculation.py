@@ -36,7 +36,7 @@ CELLS = {1: (3, 7, 15), 4: (3, 7, 15), 16: (1, 3)}  # by batch: tokens of a draf
 WARM_UP = 2  # prompts before those that count
 ROUNDS = 9
 KV_BYTES = 2 << 30  # of each of two engines
-BATCHES = (1, 4, 16)  # prompts at once
+BATCHES = (1, 2, 4)  # prompts at once
 SHORTEST, LONGEST = 200, 900  # characters of a tool result
 
 
