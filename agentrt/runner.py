@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from attrs import define, field, frozen
@@ -15,12 +15,12 @@ from agentrt.cache import Copy
 from agentrt.config import ResolvedConfig
 from agentrt.errors import ConfigError
 from agentrt.grammar_masks import Filling, MaskThread
-from agentrt.kernels.dispatch import Compute
+from agentrt.kernels.dispatch import Compute, has_fast_int8
 from agentrt.kernels.host_memory import host_memory
 from agentrt.models.base import Model, ModelSpec
 from agentrt.sampler import Sampled, sample
 from agentrt.scheduler import Plan, Work
-from agentrt.speculate import CPU_LIMITS, DraftLimits
+from agentrt.speculate import CPU_LIMITS, SLOW_CPU_LIMITS, DraftLimits
 from agentrt.transfer import Copier, HostCopier
 
 
@@ -102,7 +102,6 @@ class ModelRunner:
     model: Model
     compute: Compute
     config: ResolvedConfig
-    draft_limits: ClassVar[DraftLimits | None] = CPU_LIMITS
     masks: MaskThread = field(factory=MaskThread)
     kv: Tensor = field(init=False)
 
@@ -128,6 +127,10 @@ class ModelRunner:
 
     def copier(self) -> Copier:
         return HostCopier(self.kv.view(torch.uint8).numpy(), self.compute.kv_layout)
+
+    @property
+    def draft_limits(self) -> DraftLimits | None:
+        return CPU_LIMITS if has_fast_int8() else SLOW_CPU_LIMITS
 
     def close(self) -> None:
         self.masks.close()

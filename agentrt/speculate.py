@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from agentrt.token_runs import TokenRuns
 
@@ -28,6 +28,10 @@ MAX_MATCH_TOKENS = 16
 MAX_DRAFT_TOKENS = 15
 FIRST_DRAFT_TOKENS = 4
 MOST_STEPS_WITHOUT = 64
+# Steps that a request's wrong guesses may have cost more than its right ones have saved, and what
+# a step makes good of that: with 4 wrong ones at the begin, 100 steps take 1 % longer.
+MOST_DEBT_STEPS = 0.5
+PAID_STEPS = 0.01
 # What was written lately, by namespace: enough for some dozens of turns, searched in 50 us.
 RECENT_TOKENS = 16_384
 
@@ -43,6 +47,7 @@ class DraftLimits:
     # Right tokens for each decoding request from which on a step with guesses pays: where fewer are
     # expected none guesses, as all would wait for the drafts of a few.
     guesses_a_request: float = 0.0
+    row_cost: float = 0.0  # of a draft, in steps of one row
 
     def may_guess(self, num_requests: int) -> bool:
         """Whether so many requests leave room for guesses that pay."""
@@ -52,7 +57,9 @@ class DraftLimits:
 
 # SmolLM2 on 2 cores, at 1,400 tokens: one row takes 7.2 ms, four 8.5, eight 12.1, sixteen 20.9; at
 # 4,000: 11, 12, 23 and 45.
-CPU_LIMITS = DraftLimits(guess_rows=16)
+CPU_LIMITS = DraftLimits(guess_rows=16, row_cost=0.06)
+# The same at 600 tokens without an instruction for int8 (Zen 3): 11.4, 22.0, 33 and 46 ms.
+SLOW_CPU_LIMITS = evolve(CPU_LIMITS, row_cost=0.3)
 
 
 def continuation(
@@ -89,18 +96,23 @@ class Pace:
     num_tokens: int = FIRST_DRAFT_TOKENS
     expected_tokens: int = FIRST_DRAFT_TOKENS  # of them, to be right
     steps_without: int = 0  # still to go
+    debt_steps: float = 0.0
     _misses: int = 0  # one after the other
 
     def next(self) -> int:
         """How many to guess now."""
+        self.debt_steps -= PAID_STEPS if self.debt_steps > 0 else 0.0
         if self.steps_without:
             self.steps_without -= 1
             return 0
-        return self.num_tokens
+        return self.num_tokens if self.debt_steps <= MOST_DEBT_STEPS else 0
 
-    def note(self, num_drafted: int, num_right: int, least_right: float = 1.0) -> None:
+    def note(
+        self, num_drafted: int, num_right: int, least_right: float = 1.0, cost_steps: float = 0.0
+    ) -> None:
         """Learn from a draft: longer while all is right; after misses, which are those with fewer
-        than `least_right`, seldom, and then with new hope."""
+        than `least_right`, seldom, and then with new hope. A right token saves a step."""
+        self.debt_steps = max(self.debt_steps + cost_steps - num_right, -MOST_DEBT_STEPS)
         if num_right == num_drafted:
             self.num_tokens = self.expected_tokens = min(2 * num_drafted + 1, MAX_DRAFT_TOKENS)
         else:
@@ -209,7 +221,10 @@ class Drafter:
         num_guessed = num_draft - request.num_forced
         if num_guessed > 0:
             num_right = max(num_right - request.num_forced, 0)
-            request.pace.note(num_guessed, num_right, max(self.limits.guesses_a_request, 1.0))
+            least_right = max(self.limits.guesses_a_request, 1.0)
+            request.pace.note(
+                num_guessed, num_right, least_right, num_guessed * self.limits.row_cost
+            )
 
     def finished(self, request: Request) -> None:
         """Remember what a request wrote."""

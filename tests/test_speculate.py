@@ -62,6 +62,22 @@ def test_the_pace_follows_what_was_right():
     assert [pace.next() for _ in range(5)] == [0, 0, 0, 0, 2]
 
 
+@pytest.mark.parametrize("row_cost", [0.06, 0.3])
+def test_wrong_guesses_cost_few_steps(row_cost):
+    """No more than a debt, the guess that makes it, and a hundredth of all steps."""
+    pace, cost = Pace(), 0.0
+    for steps in range(1, 500):
+        if num_guessed := pace.next():
+            cost += row_cost * num_guessed
+            pace.note(num_guessed, 0, cost_steps=row_cost * num_guessed)
+        assert cost <= 0.5 + row_cost * 4 + 0.01 * steps
+    assert cost > 0.5
+    for _ in range(300):
+        pace.next()
+    pace.note(4, 4, cost_steps=row_cost * 4)  # right ones make good what they cost
+    assert pace.debt_steps <= 0
+
+
 def test_drafts_that_did_not_pay_are_misses():
     """One of two wanted right again and again: less and less often, and each time with hope."""
     pace, waited = Pace(), []
