@@ -28,8 +28,8 @@ MAX_MATCH_TOKENS = 16
 MAX_DRAFT_TOKENS = 15
 FIRST_DRAFT_TOKENS = 4
 MOST_STEPS_WITHOUT = 64
-# Steps that a request's wrong guesses may have cost more than its right ones have saved, and what
-# a step makes good of that: with 4 wrong ones at the begin, 100 steps take 1 % longer.
+# Steps that a request's wrong guesses may have cost more than its right ones have saved before it
+# guesses no more, and what each step makes good of that.
 MOST_DEBT_STEPS = 0.5
 PAID_STEPS = 0.01
 # What was written lately, by namespace: enough for some dozens of turns, searched in 50 us.
@@ -47,7 +47,8 @@ class DraftLimits:
     # Right tokens for each decoding request from which on a step with guesses pays: where fewer are
     # expected none guesses, as all would wait for the drafts of a few.
     guesses_a_request: float = 0.0
-    row_cost: float = 0.0  # of a draft, in steps of one row
+    # What a draft's row costs, in steps of one row; 0 where drafts cost the same, long or short.
+    row_cost: float = 0.0
 
     def may_guess(self, num_requests: int) -> bool:
         """Whether so many requests leave room for guesses that pay."""
@@ -58,7 +59,7 @@ class DraftLimits:
 # SmolLM2 on 2 cores, at 1,400 tokens: one row takes 7.2 ms, four 8.5, eight 12.1, sixteen 20.9; at
 # 4,000: 11, 12, 23 and 45.
 CPU_LIMITS = DraftLimits(guess_rows=16, row_cost=0.06)
-# The same at 600 tokens without an instruction for int8 (Zen 3): 11.4, 22.0, 33 and 46 ms.
+# The same at 600 tokens without an instruction for int8 (Zen 3): 11, 22, 33 and 46 ms.
 SLOW_CPU_LIMITS = evolve(CPU_LIMITS, row_cost=0.3)
 
 
