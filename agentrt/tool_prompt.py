@@ -55,7 +55,11 @@ def _dump(value: Any) -> str:
 
 
 def _example_call(tool: Tool) -> ToolCall:
-    return ToolCall("example", tool.name, _example_object(tool.parameters))
+    try:
+        arguments = _example_object(tool.parameters)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        arguments = {}  # a foreign schema that is none: who makes a grammar of it says so
+    return ToolCall("example", tool.name, arguments)
 
 
 def _example_object(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,21 @@ def test_a_foreign_schema_has_an_example_too() -> None:
     assert example.arguments == {"a": "x1", "b": 4, "c": {"d": True}, "e": "..."}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"required": [{"type": "string"}]},
+        {"properties": {"a": {"enum": {"b": 1}}}},
+        {"properties": {"a": {"type": []}}},
+        {"properties": ["a"], "required": ["a"]},
+    ],
+)
+def test_what_is_no_schema_has_an_example_without_arguments(schema: dict[str, object]) -> None:
+    made = type(now)(name="foreign", description="", parameters=schema, function=now.function)
+    example = render_tool_section(ToolSet([made])).split("form:\n")[1]
+    assert parse_turn(TurnParser(HERMES), example)[1][0].arguments == {}
+
+
 def test_a_call_renders_as_the_model_writes_it() -> None:
     call = ToolCall("call_0", "find", {"city": "Zürich", "days": 2})
     assert HERMES.render([call]) == (
