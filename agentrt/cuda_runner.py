@@ -197,11 +197,14 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaTicket:
         chunks = [work for work in plan.work if work.num_tokens > 1]
-        decode = self._decode_works(plan, len(chunks))
+        singles = [work for work in plan.work if work.num_tokens == 1]
+        is_decode = not chunks and all(work.samples for work in singles)
+        has_graph = is_decode and len(singles) <= self.graphs.max_rows
+        decode = self._decode_works(singles, has_graph=has_graph)
         works = (*decode.works, *chunks)
         slots, cells, blocks = self.tables.place(works)
         updates = (np.array(cells, dtype=np.int32), np.array(blocks, dtype=np.int32))
-        if self._has_graph(decode, len(chunks)):
+        if has_graph:
             logits = self._decode(decode, slots, updates)
         else:
             logits = self._mixed(works, decode, slots, updates)
@@ -240,23 +243,18 @@ class CudaRunner:
         """Where this step's tokens come down."""
         return self._tickets[0][0] * self.inputs.outbox.shape[1]
 
-    def _decode_works(self, plan: Plan, num_chunks: int) -> DecodeWorks:
-        """The works of one token, and what they have in common, if they read much."""
-        dim = self.model.geometry.head_dim
-        decode = DecodeWorks.of([work for work in plan.work if work.num_tokens == 1], dim)
-        num = len(decode.works)
+    def _decode_works(self, works: list[Work], *, has_graph: bool) -> DecodeWorks:
+        """Works of one token, and what they have in common, if they read much. `has_graph`: they
+        are a step that only decodes."""
+        decode, num = DecodeWorks.of(works, self.model.geometry.head_dim), len(works)
         if num <= FEW_ROWS or not self.ops.shares_common(self.model.geometry):
             return decode
-        if self._has_graph(decode, num_chunks) and not self.graphs.shares_common(num):
+        if has_graph and not self.graphs.shares_common(num):
             return decode
         if not self._is_long(decode):
             return decode
+        dim = self.model.geometry.head_dim
         return find_common(decode, self.config.block_tokens, dim, self._group)
-
-    def _has_graph(self, decode: DecodeWorks, num_chunks: int) -> bool:
-        """Whether a step of these and so many chunks is one that only decodes."""
-        is_decode = not num_chunks and all(work.samples for work in decode.works)
-        return is_decode and len(decode.works) <= self.graphs.max_rows
 
     def _decode(self, decode: DecodeWorks, slots: list[int], updates: tuple[Array, ...]) -> Tensor:
         """Rows of one token each: one graph."""

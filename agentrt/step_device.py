@@ -11,6 +11,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from agentrt.cache.disk_table import paused_collector
+
 
 class Event(Protocol):
     """A mark behind the work that was launched before it was recorded."""
@@ -66,10 +68,5 @@ def no_collection() -> Iterator[None]:
     """Keep the garbage collector out: page-locked memory of an engine before, let go by the thread
     that captures, ends the capture with an error."""
     gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with paused_collector():
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
