@@ -59,8 +59,8 @@ class DraftLimits:
 # SmolLM2 on 2 cores, at 1,400 tokens: one row takes 7.2 ms, four 8.5, eight 12.1, sixteen 20.9; at
 # 4,000: 11, 12, 23 and 45.
 CPU_LIMITS = DraftLimits(guess_rows=16, row_cost=0.06)
-# The same at 600 tokens without an instruction for int8 (Zen 3): 11, 22, 33 and 46 ms.
-SLOW_CPU_LIMITS = evolve(CPU_LIMITS, row_cost=0.3)
+# The same at 600 tokens without an instruction for int8 (Zen 3): 13, 18, 23 and 34 ms.
+SLOW_CPU_LIMITS = evolve(CPU_LIMITS, row_cost=0.12)
 
 
 def continuation(

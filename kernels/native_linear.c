@@ -16,43 +16,46 @@
 #define AHEAD_BYTES 2048 /* of the weights: 5.2 ms of a decode step become 4.1; less or more: 4.6 */
 #define CHUNK_BYTES (320 << 10) /* rows that a pass over all panels reads: they stay in L2 */
 
-/* A digit as the products read it: where no instruction multiplies bytes, 16 bits. */
-#if LANES == 8
-typedef int16_t Digit;
-#else
-typedef int8_t Digit;
-#endif
-
-/* What stands behind a row's digits (low ones first, then high ones). */
+/* What stands behind a row's digits. */
 typedef struct {
     float peak;
     int32_t sum_low, sum_high;
 } Tail;
 
 int64_t native_row_bytes(int64_t width, int64_t is_int8) {
-    return is_int8 ? 2 * (int64_t)sizeof(Digit) * round_up(width, WIDTH_UNIT) + WIDTH_UNIT
-                   : width * (int64_t)sizeof(float);
+    return is_int8 ? 2 * round_up(width, WIDTH_UNIT) + WIDTH_UNIT : width * (int64_t)sizeof(float);
 }
 
-/* Of four digits a, b, c, d: a, c, b, d, as int8_vectors wants them. */
-INLINE void swap_middles(Digit *digits, int64_t num) {
+/* A row's digits as the products read them: all low ones, then all high ones; or, where no
+ * instruction multiplies bytes, 16 bits of both. */
 #if LANES == 8
-    typedef int16_t eight __attribute__((vector_size(16)));
-    for (int64_t i = 0; i < num; i += 8) {
-        eight v;
-        memcpy(&v, digits + i, sizeof v);
-        v = FOLD(v, 0, 2, 1, 3, 4, 6, 5, 7);
-        memcpy(digits + i, &v, sizeof v);
-    }
-#else
-    (void)digits, (void)num;
-#endif
+INLINE void put_digits(char *to, int64_t padded, int64_t i, int32_t low, int32_t high) {
+    (void)padded;
+    ((int16_t *)to)[i] = (int16_t)(256 * high + low);
 }
+
+/* Of four numbers a, b, c, d: a, c, b, d, as int8_vectors wants them. */
+INLINE void end_digits(char *digits, int64_t padded) {
+    typedef int16_t eight __attribute__((vector_size(16)));
+    for (int64_t i = 0; i < padded; i += 8) {
+        eight v;
+        memcpy(&v, digits + 2 * i, sizeof v);
+        v = FOLD(v, 0, 2, 1, 3, 4, 6, 5, 7);
+        memcpy(digits + 2 * i, &v, sizeof v);
+    }
+}
+#else
+INLINE void put_digits(char *to, int64_t padded, int64_t i, int32_t low, int32_t high) {
+    to[i] = (char)low;
+    to[padded + i] = (char)high;
+}
+
+INLINE void end_digits(char *digits, int64_t padded) { (void)digits, (void)padded; }
+#endif
 
 /* row ~ peak / LARGEST * (256 * high + low), within half of that unit. */
 static void split_digits(const float *row, int64_t width, char *to) {
     int64_t padded = round_up(width, WIDTH_UNIT);
-    Digit *low = (Digit *)to, *high = low + padded;
     float peak = TINY;
     for (int64_t i = 0; i < width; i += LANES) {
         floats v = width - i < LANES ? load_part(row + i, width - i) : load(row + i);
@@ -62,17 +65,16 @@ static void split_digits(const float *row, int64_t width, char *to) {
     int32_t sum_low = 0, sum_high = 0;
     for (int64_t i = 0; i < width; i++) {
         int32_t whole = (int32_t)__builtin_rintf(row[i] * unit);
-        int32_t upper = (whole + 128) >> 8;
-        low[i] = (int8_t)whole; /* the low byte read as signed: `upper` makes up for that */
-        high[i] = (Digit)upper;
-        sum_low += low[i];
-        sum_high += high[i];
+        int32_t low = (int8_t)whole; /* the low byte read as signed: `high` makes up for that */
+        int32_t high = (whole - low) >> 8;
+        put_digits(to, padded, i, low, high);
+        sum_low += low;
+        sum_high += high;
     }
-    memset(low + width, 0, (size_t)(padded - width) * sizeof(Digit));
-    memset(high + width, 0, (size_t)(padded - width) * sizeof(Digit));
-    swap_middles(low, 2 * padded);
+    for (int64_t i = width; i < padded; i++) put_digits(to, padded, i, 0, 0);
+    end_digits(to, padded);
     Tail tail = {peak, sum_low, sum_high};
-    memcpy(low + 2 * padded, &tail, sizeof tail);
+    memcpy(to + 2 * padded, &tail, sizeof tail);
 }
 
 void write_row(const float *row, int64_t width, char *to, int64_t is_int8) {
@@ -104,11 +106,13 @@ INLINE void put(float *to, floats y, int64_t num, int64_t adds) {
     }
 }
 
-/* What exact sums of digits times (weights + 128) come to, for the outputs from `first`. */
+/* What exact sums of digits times (weights + 128) come to, for the outputs from `first`: `low` and
+ * 256 times `high`, whichever way the sum is shared between them. */
 INLINE floats exact_product(ints low, ints high, const Tail *tail, const Linear *linear,
                             int64_t first) {
-    ints exact_low = low - splat_int(128 * tail->sum_low);
-    ints exact_high = high - splat_int(128 * tail->sum_high);
+    low -= splat_int(128 * tail->sum_low);
+    ints exact_low = low & splat_int(255);
+    ints exact_high = high - splat_int(128 * tail->sum_high) + (low >> 8);
     floats y = __builtin_convertvector(exact_high, floats) * splat(DIGIT);
     y = (__builtin_convertvector(exact_low, floats) + y) * load(linear->scale + first);
     y = y * splat(tail->peak);
@@ -185,24 +189,26 @@ INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Lin
 }
 #endif
 
-#define TILE_CASES(tile)                                                  \
-    switch (num_rows) {                                                   \
-    case 1: tile(1, x, row_bytes, linear, panel, out, adds); break;       \
-    case 2: tile(2, x, row_bytes, linear, panel, out, adds); break;       \
-    case 3: tile(3, x, row_bytes, linear, panel, out, adds); break;       \
-    case 4: tile(4, x, row_bytes, linear, panel, out, adds); break;       \
-    case 5: tile(5, x, row_bytes, linear, panel, out, adds); break;       \
-    default: tile(ROWS, x, row_bytes, linear, panel, out, adds);          \
+/* All rows of a chunk, for one panel's outputs. */
+#define CASE(tile, n) \
+    tile(n, x + row * row_bytes, row_bytes, linear, panel, out + row * linear->outputs, adds)
+#define PANEL(name, tile)                                                                  \
+    static void name(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear, \
+                     int64_t panel, float *out, int64_t adds) {                            \
+        for (int64_t row = 0; row < num_rows; row += ROWS)                                 \
+            switch (num_rows - row) {                                                      \
+            case 1: CASE(tile, 1); break;                                                  \
+            case 2: CASE(tile, 2); break;                                                  \
+            case 3: CASE(tile, 3); break;                                                  \
+            case 4: CASE(tile, 4); break;                                                  \
+            case 5: CASE(tile, 5); break;                                                  \
+            default: CASE(tile, ROWS);                                                     \
+            }                                                                              \
     }
-
-static void product_tile(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear,
-                         int64_t panel, float *out, int64_t adds) {
-    if (linear->scale) {
-        TILE_CASES(int8_tile)
-    } else {
-        TILE_CASES(float_tile)
-    }
-}
+PANEL(float_panel, float_tile)
+#if LANES != 8
+PANEL(int8_panel, int8_tile)
+#endif
 
 void product(const char *x, int64_t num_rows, const Linear *linear, float *out, int64_t adds) {
     int64_t row_bytes = native_row_bytes(linear->inputs, linear->scale != 0);
@@ -213,10 +219,9 @@ void product(const char *x, int64_t num_rows, const Linear *linear, float *out, 
 #pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < num_chunks * num_panels; item++) {
         int64_t first = item / num_panels * chunk, panel = item % num_panels;
-        int64_t end = smaller(first + chunk, num_rows);
-        for (int64_t row = first; row < end; row += ROWS)
-            product_tile(smaller(end - row, ROWS), x + row * row_bytes, row_bytes, linear, panel,
-                         out + row * linear->outputs, adds);
+        int64_t some = smaller(num_rows - first, chunk);
+        (linear->scale ? int8_panel : float_panel)(some, x + first * row_bytes, row_bytes, linear,
+                                                   panel, out + first * linear->outputs, adds);
     }
 }
 

@@ -118,11 +118,15 @@ def opened(x: torch.Tensor, width: int) -> torch.Tensor:
 def digits_of(x: torch.Tensor, width: int) -> torch.Tensor:
     """[2, rows, width]: the low digits of rows that int8 products read, and the high ones."""
     rows, padded = len(x), -(-width // WIDTH_UNIT) * WIDTH_UNIT
-    digits = x[:, :-WIDTH_UNIT]
-    if digits.shape[1] > 2 * padded:  # 16 bits each, the middle two of four swapped
-        wide = digits.contiguous().view(torch.int16)
-        digits = wide.view(rows, -1, 4)[:, :, [0, 2, 1, 3]].reshape(rows, -1)
-    return digits.view(rows, 2, padded)[:, :, :width].transpose(0, 1)
+    sums = x[:, 4 - WIDTH_UNIT : 12 - WIDTH_UNIT].contiguous().view(torch.int32)
+    digits = x[:, : 2 * padded].contiguous().view(rows, 2, padded)
+    if not torch.equal(digits.sum(2, dtype=torch.int32), sums):
+        # 16 bits of both instead, the middle two of four swapped
+        whole = digits.view(torch.int16).view(rows, -1, 4)[:, :, [0, 2, 1, 3]].reshape(rows, -1)
+        low = whole.to(torch.int8)
+        digits = torch.stack([low, ((whole.int() - low) >> 8).to(torch.int8)], 1)
+        assert torch.equal(digits.sum(2, dtype=torch.int32), sums)
+    return digits[:, :, :width].transpose(0, 1)
 
 
 # ---- products and rows
@@ -190,6 +194,7 @@ def test_extreme_int8_sums_are_exact(rows: int, sign: int, whole: int) -> None:
     assert torch.equal(256 * digits[1] + digits[0], numbers.long().expand(rows, inputs))
     low, high = digits @ weight.long().t()
     peak = x[:, -WIDTH_UNIT : 4 - WIDTH_UNIT].contiguous().view(torch.float32)
+    low, high = low & 255, high + (low >> 8)  # one sum is shared out in one way
     expected = (low.float() + high.float() * 256) * torch.tensor(1.0).div(LARGEST) * peak
     out = step.linear(x, OPS["int8"].pack_linear(weight, None))
     assert torch.equal(out, expected)
