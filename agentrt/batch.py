@@ -17,7 +17,7 @@ class Batch:
 
     token_ids: Tensor  # [rows]
     positions: Tensor  # [rows]
-    output_rows: Tensor  # [samples, and drafts that they check]
+    output_rows: Tensor  # [samples, and drafts that they check, but for what a grammar forces]
     segments: tuple[Segment, ...]
     sampling: tuple[Work, ...]  # in the order of output_rows
 
@@ -37,7 +37,8 @@ def build_batch(plan: Plan, device: torch.device) -> Batch:
         segments.append(Segment(row, work.num_tokens, work.start, tuple(lease.block_ids)))
         row += work.num_tokens
         if work.samples:
-            outputs += range(row - 1 - work.num_draft, row)
+            num_read = 1 + work.num_draft - work.request.num_unread(work.num_draft)
+            outputs += range(row - num_read, row)
             sampling.append(work)
     return Batch(
         token_ids=torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),

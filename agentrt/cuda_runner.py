@@ -226,7 +226,8 @@ class CudaRunner:
                 sampled.append([(token, None) for token in right_run(tokens[rows], request)])
             else:
                 own = None if masks is None else masks[rows]
-                sampled += sample(ticket.logits[rows], [request], [work.num_draft], own)
+                logits = ticket.logits[rows][request.num_unread(work.num_draft) :]
+                sampled += sample(logits, [request], [work.num_draft], own)
         return sampled
 
     def _ticket(self, sampling: tuple[Work, ...], logits: Tensor) -> CudaTicket:

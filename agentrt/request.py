@@ -165,6 +165,14 @@ class Request:
         """Whether it is alive and has all that it asks for, which is its prompt's KV."""
         return self.is_prefill and self.state is State.DECODE
 
+    def num_unread(self, num_draft: int) -> int:
+        """Of its rows in a step that checks `num_draft` tokens, how many at the front need no
+        logits: what comes next is known, and nobody asks how likely it was."""
+        options = self.options
+        if options.top_logprobs is not None or options.logit_bias:
+            return 0
+        return min(self.num_forced, num_draft)
+
     @property
     def known(self) -> NDArray[np.int32]:
         """Prompt and output so far."""

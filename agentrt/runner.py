@@ -63,7 +63,7 @@ class Runner(Protocol):
 
 @frozen
 class Computed:
-    """The ticket of a step that is done: logits [samples and drafts, vocab], float32."""
+    """The ticket of a step that is done: logits [output rows, vocab], float32."""
 
     sampling: tuple[Work, ...]
     logits: Tensor

@@ -38,32 +38,34 @@ def sample(
     ends this request alone. A grammar moves on with them.
 
     logits: [rows, vocab] (changed in place): a row for each request, and behind it one for each
-    token of its draft, which stands behind its known tokens. A row gives a token if all before it
-    gave what the draft says. masks: of each row, what the grammar allows, where that was found
-    out already.
+    token of its draft, which stands behind its known tokens; but none where the request's
+    `num_unread` says so. A row gives a token if all before it gave what the draft says. masks: of
+    each row, with those that are left out, what the grammar allows, where that was found out
+    already.
 
     Log-probabilities are those of the distribution after penalties, bias and grammar, before
     temperature and the top-k, top-p and min-p filters.
     """
-    counts = [1 + num for num in num_drafts or [0] * len(requests)]
     is_greedy = all(is_plain(request) for request in requests)
     rows: list[int | Tensor] = _argmax(logits).tolist() if is_greedy else list(logits)
-    masks = masks or [None] * len(rows)
-    drawn, first = [], 0
-    for request, count in zip(requests, counts, strict=True):
-        part = slice(first, first + count)
-        drawn.append(_run(rows[part], request, masks[part]))
-        first += count
+    drawn, first, first_mask = [], 0, 0
+    for request, num_draft in zip(requests, num_drafts or [0] * len(requests), strict=True):
+        num_unread = request.num_unread(num_draft)
+        end, end_mask = first + 1 + num_draft - num_unread, first_mask + 1 + num_draft
+        own = [None] * (1 + num_draft) if masks is None else masks[first_mask:end_mask]
+        drawn.append(_run([*[None] * num_unread, *rows[first:end]], request, own))
+        first, first_mask = end, end_mask
     return drawn
 
 
 def _run(
-    rows: Sequence[int | Tensor], request: Request, masks: Sequence[MaskRow | None]
+    rows: Sequence[int | Tensor | None], request: Request, masks: Sequence[MaskRow | None]
 ) -> list[Sampled]:
-    """Tokens of consecutive rows (logits, or what they gave already), while the draft is right."""
+    """Tokens of consecutive rows (logits, or what they gave already, or None where a grammar forces
+    the draft's token), while the draft is right."""
     drawn: list[Sampled] = []
     for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        one = _try_row(row, request, index, mask) if isinstance(row, Tensor) else (row, None)
+        one = (row, None) if isinstance(row, int) else _try_row(row, request, index, mask)
         drawn.append(one)
         if isinstance(one, RequestInvalid) or index + 1 == len(rows):
             break
@@ -125,8 +127,10 @@ def _argmax(logits: Tensor) -> Any:
     return logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
-def _try_row(row: Tensor, request: Request, num_ahead: int, mask: MaskRow | None) -> Sampled:
+def _try_row(row: Tensor | None, request: Request, num_ahead: int, mask: MaskRow | None) -> Sampled:
     try:
+        if row is None:
+            return _take_forced(request, num_ahead), None
         return _sample_row(row, request, num_ahead, mask)
     except RequestInvalid as exc:  # a grammar's error is one too
         return exc
@@ -155,6 +159,15 @@ def _sample_row(
     if options.top_logprobs is None:
         return token, None
     return token, _logprob(row, token, options.top_logprobs)
+
+
+def _take_forced(request: Request, num_ahead: int) -> int:
+    """The token that the draft has here, or the one that ends the text in time. A draw is used up
+    as if it had been drawn: what comes later must not depend on drafts."""
+    assert request.constraint is not None
+    if request.options.temperature > 0:
+        _next_point(request)
+    return request.constraint.take(int(request.tokens[request.num_tokens + num_ahead]))
 
 
 def _penalise(row: Tensor, request: Request, num_ahead: int) -> None:
@@ -215,17 +228,21 @@ def filter_logits(scores: Tensor, options: GenerateOptions) -> Tensor:
 def _draw(row: Tensor, request: Request) -> int:
     temperature = max(request.options.temperature, MIN_TEMPERATURE)
     scores = filter_logits((row - row.max()) / temperature, request.options)
-    if request.rng is None:
-        request.rng = torch.Generator(device=row.device)
-        seed = request.options.seed
-        request.rng.seed() if seed is None else request.rng.manual_seed(seed)
     # torch.multinomial draws a number a token: 1,000 us a row of 49,152; this takes 60. In float64
     # the sums are exact enough; a place below the last sum is a token of a share above 0.
     sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    point = torch.rand((), generator=request.rng, dtype=sums.dtype, device=row.device)
     total = float(sums[-1])
-    place = min(float(point) * total, math.nextafter(total, 0.0))
+    place = min(_next_point(request) * total, math.nextafter(total, 0.0))
     return int(torch.searchsorted(sums, place, right=True))
+
+
+def _next_point(request: Request) -> float:
+    """Of the request's own sequence, in [0, 1)."""
+    if request.rng is None:
+        request.rng = torch.Generator()
+        seed = request.options.seed
+        request.rng.seed() if seed is None else request.rng.manual_seed(seed)
+    return float(torch.rand((), generator=request.rng, dtype=torch.float64))
 
 
 def _logprob(row: Tensor, token: int, num_top: int) -> TokenLogprob:

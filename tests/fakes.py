@@ -126,6 +126,7 @@ class FakeRunner:
     gate: Gate = field(factory=Gate)
     num_steps: int = field(default=0, init=False)
     num_copies: int = field(default=0, init=False)
+    num_logits: int = field(default=0, init=False)  # rows of them
     rows: list[int] = field(factory=list, init=False)
     closed: bool = field(default=False, init=False)
     _memory: np.ndarray = field(init=False)
@@ -146,7 +147,12 @@ class FakeRunner:
         for work in plan.work:
             self._write(work)
         sampling = tuple(work for work in plan.work if work.samples)
-        rows = [row for work in sampling for row in self._logits(work)]
+        rows = [
+            row
+            for work in sampling
+            for row in self._logits(work)[work.request.num_unread(work.num_draft) :]
+        ]
+        self.num_logits += len(rows)
         for work in sampling:
             self._sampled[work.request.id] = int(self._logits(work)[-1].argmax())
         logits = np.array(rows, np.float32).reshape(len(rows), self.vocab_size)

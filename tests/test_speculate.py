@@ -256,21 +256,30 @@ async def test_drafts_end_where_the_request_does():
     assert done[0].token_ids == (EOS,)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "more", [{}, {"temperature": 1.0}, {"top_logprobs": 2}, {"logit_bias": {7: 1.0}}]
+)
 @pytest.mark.parametrize("grammar", ORDERS)
-async def test_a_grammar_ends_at_the_same_token(tokenizer, temperature, grammar):
-    """Also where what it forces is all right, and the row behind could give one token more."""
-    options = GenerateOptions(max_tokens=40, temperature=temperature, seed=3, grammar=grammar)
-    done = []
+async def test_a_grammar_ends_at_the_same_token(tokenizer, more, grammar):
+    """Also where what it forces is all right, and the row behind could give one token more. No
+    logits are computed for what is forced, unless somebody asks for them."""
+    options = GenerateOptions(max_tokens=40, seed=3, grammar=grammar, **more)
+    done, num_logits = [], []
     for speculation in (False, True):
         async with FakeEngine(
             num_blocks=128, tokenizer=tokenizer, speculation=speculation
         ) as engine:
             done.append(await engine.generate("x", options))
+            num_logits.append(engine.runner.num_logits)
             stats = engine.stats()
     assert done[0].token_ids == done[1].token_ids
+    assert done[0].logprobs == done[1].logprobs
     assert done[0].finish_reason == done[1].finish_reason == "stop"
     assert stats.accepted_tokens > 5
+    if "top_logprobs" in more or "logit_bias" in more:
+        assert num_logits[1] >= num_logits[0]
+    else:
+        assert num_logits[1] <= num_logits[0] - 5
 
 
 async def test_the_distribution_stays():
