@@ -218,9 +218,11 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
         from tokenizers import Tokenizer
 
-        backend = Tokenizer.from_str(self._backend.to_str())
-        backend.no_padding()
-        backend.no_truncation()
+        backend = self._backend
+        if backend.padding is not None or backend.truncation is not None:
+            backend = Tokenizer.from_str(backend.to_str())  # 0.2 s, of 0.7 in all
+            backend.no_padding()
+            backend.no_truncation()
         slices = [*LLTokenizer.json_slices(), _FREE_TEXT_SLICE]
         try:
             return LLTokenizer(

@@ -27,20 +27,23 @@ def closing_order(backend: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
     """
     import numpy as np
 
-    def rank(token: int) -> tuple[int, int]:
-        text = texts[token]
-        if text and set(text) <= _CLOSERS:
-            return (0, -len(text))
-        return (1 if text and set(text) <= _SEPARATORS else 2, len(text))
-
-    def quotes_first(token: int) -> tuple[bool, int, int]:
-        kind, length = rank(token)
-        return (kind > 0 or texts[token][0] != '"', kind, length)
-
     num_tokens = min(vocab_size, backend.get_vocab_size())
-    texts = [backend.decode([token], skip_special_tokens=False) for token in range(num_tokens)]
-    orders = [sorted(range(num_tokens), key=key) for key in (rank, quotes_first)]
-    return np.array(orders, dtype=np.int32)
+    ids = [[token] for token in range(num_tokens)]
+    texts = backend.decode_batch(ids, skip_special_tokens=False)
+    lengths = np.fromiter(map(len, texts), np.int64, num_tokens)
+    kinds = np.fromiter(map(_kind, texts), np.int64, num_tokens)
+    is_quoted = np.fromiter((text[:1] == '"' for text in texts), np.bool_, num_tokens)
+    sizes = np.where(kinds == 0, -lengths, lengths)
+    is_rest = (kinds > 0) | ~is_quoted
+    orders = [np.lexsort(keys) for keys in ((sizes, kinds), (sizes, kinds, is_rest))]
+    return np.stack(orders).astype(np.int32)
+
+
+def _kind(text: str) -> int:
+    """0 for what closes, 1 for what separates, 2 for the rest."""
+    if text[:1] not in _CLOSERS and text[:1] not in _SEPARATORS:  # most; also the empty one
+        return 2
+    return 0 if _CLOSERS.issuperset(text) else 1 if _SEPARATORS.issuperset(text) else 2
 
 
 def way_to_end(
