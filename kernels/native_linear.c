@@ -95,6 +95,9 @@ void norm_row(const float *row, const float *weight, int64_t width, double eps, 
     for (int64_t i = 0; i < width; i++) to[i] = row[i] * scale * weight[i];
 }
 
+/* Else a store waits for its line (Zen 3, 512 rows of 3,072 outputs: 34 products a ns, not 60). */
+#define FETCH_OUTPUT(at) __builtin_prefetch(at, 1)
+
 INLINE ints load_ints(const void *from) { return (ints)load(from); }
 
 INLINE void put(float *to, floats y, int64_t num, int64_t adds) {
@@ -120,9 +123,26 @@ INLINE floats exact_product(ints low, ints high, const Tail *tail, const Linear 
     return y;
 }
 
+/* Weights that a tile fetches into the cache beside its work: `lines` cache lines from `at` on for
+ * its first four inputs, and so on `step` bytes further each time. */
+typedef struct {
+    const char *at;
+    int64_t step;
+    int lines;
+} Ahead;
+
+INLINE Ahead fetch_ahead(Ahead ahead) {
+    for (int line = 0; line < ahead.lines; line++) FETCH(ahead.at + 64 * line);
+    ahead.at += ahead.step;
+    return ahead;
+}
+
 #if LANES == 8
 #include "native_linear_avx2.h"
 #else
+#define INT8_ROWS ROWS
+#define INT8_CASES CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+
 INLINE ints dot_bytes(ints sum, ints unsigned_bytes, ints signed_bytes) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
@@ -136,13 +156,16 @@ INLINE ints dot_bytes(ints sum, ints unsigned_bytes, ints signed_bytes) {
 }
 
 INLINE void int8_tile(int num_rows, const char *x, int64_t row_bytes, const Linear *linear,
-                      int64_t panel, float *out, int64_t adds) {
+                      int64_t panel, Ahead ahead, float *out, int64_t adds) {
     int64_t padded = round_up(linear->inputs, WIDTH_UNIT);
     const char *w = (const char *)linear->weights + panel * padded * INT8_PANEL;
     ints low[ROWS][2] = {0}, high[ROWS][2] = {0};
+    for (int row = 0; row < num_rows; row++)
+        for (int half = 0; half < 2; half++)
+            FETCH_OUTPUT(out + row * linear->outputs + panel * INT8_PANEL + half * LANES);
     for (int64_t i = 0; i < padded; i += 4, w += 4 * INT8_PANEL) {
         ints w0 = load_ints(w), w1 = load_ints(w + 64);
-        FETCH(w + AHEAD_BYTES), FETCH(w + AHEAD_BYTES + 64);
+        ahead = fetch_ahead(ahead);
         for (int row = 0; row < num_rows; row++) {
             int32_t four;
             memcpy(&four, x + row * row_bytes + i, 4);
@@ -190,25 +213,39 @@ INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Lin
 #endif
 
 /* All rows of a chunk, for one panel's outputs. */
-#define CASE(tile, n) \
-    tile(n, x + row * row_bytes, row_bytes, linear, panel, out + row * linear->outputs, adds)
-#define PANEL(name, tile)                                                                  \
-    static void name(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear, \
-                     int64_t panel, float *out, int64_t adds) {                            \
-        for (int64_t row = 0; row < num_rows; row += ROWS)                                 \
-            switch (num_rows - row) {                                                      \
-            case 1: CASE(tile, 1); break;                                                  \
-            case 2: CASE(tile, 2); break;                                                  \
-            case 3: CASE(tile, 3); break;                                                  \
-            case 4: CASE(tile, 4); break;                                                  \
-            case 5: CASE(tile, 5); break;                                                  \
-            default: CASE(tile, ROWS);                                                     \
-            }                                                                              \
+static void float_panel(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear,
+                        int64_t panel, float *out, int64_t adds) {
+#define CASE(n) \
+    case n: float_tile(n, x, row_bytes, linear, panel, out, adds); break;
+    for (; num_rows > 0; num_rows -= ROWS, x += ROWS * row_bytes, out += ROWS * linear->outputs)
+        switch (smaller(num_rows, ROWS)) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef CASE
+}
+
+/* The same, in tiles as even as can be. Where there are several, they share in fetching the next
+ * panel, so that memory works while the processor does (159 MB of weights on two cores, 8 and 16
+ * rows: 20 and 35 ms become 12 to 17 and 29 on a Zen 3, 10.5 and 15 become 8 and 10.5 with VNNI). A
+ * lone one fetches shortly before it reads. */
+static void int8_panel(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear,
+                       int64_t panel, float *out, int64_t adds) {
+#define CASE(n) \
+    case n: int8_tile(n, x, row_bytes, linear, panel, ahead, out, adds); break;
+    int64_t panel_bytes = round_up(linear->inputs, WIDTH_UNIT) * INT8_PANEL;
+    int64_t num_tiles = (num_rows + INT8_ROWS - 1) / INT8_ROWS, step = 4 * INT8_PANEL / num_tiles;
+    const char *w = (const char *)linear->weights + panel * panel_bytes;
+    if (num_tiles == 1) {
+        Ahead ahead = {w + AHEAD_BYTES, step, 2};
+        switch (num_rows) { CASE(1) INT8_CASES }
+        return;
     }
-PANEL(float_panel, float_tile)
-#if LANES != 8
-PANEL(int8_panel, int8_tile)
-#endif
+    for (Ahead ahead = {w + panel_bytes, step, 1}; num_tiles; num_tiles--) {
+        int64_t some = (num_rows + num_tiles - 1) / num_tiles;
+        switch (some) { INT8_CASES }
+        ahead.at += panel_bytes / (4 * INT8_PANEL) * step;
+        num_rows -= some, x += some * row_bytes, out += some * linear->outputs;
+    }
+#undef CASE
+}
 
 void product(const char *x, int64_t num_rows, const Linear *linear, float *out, int64_t adds) {
     int64_t row_bytes = native_row_bytes(linear->inputs, linear->scale != 0);
