@@ -38,11 +38,11 @@ from agentrt.kernels.sample import sample_rows
 from agentrt.mixed_graph import MOST_CHECKED_ROWS, MixedGraphs
 from agentrt.models.llama import LlamaModel
 from agentrt.runner import begin_masks, copy_blocks, kv_pool
-from agentrt.sampler import Sampled, is_drawn_on_device, sample
+from agentrt.sampler import Sampled, is_drawn_on_device
 from agentrt.scheduler import Plan, Work
 from agentrt.speculate import DraftLimits
 from agentrt.step_device import CudaDevice, Event, StepDevice, no_collection
-from agentrt.step_rows import MixedWork, draws, mixed_work, right_run
+from agentrt.step_rows import MixedWork, draws, mixed_work, sampled_runs
 from agentrt.transfer_cuda import CudaCopier
 
 Array = NDArray[np.int32]
@@ -215,20 +215,11 @@ class CudaRunner:
         masks = None if ticket.filling is None else ticket.filling.masks()
         ticket.done.synchronize()  # also without a token: the rings rely on it
         self.graphs.check()
-        ends = np.cumsum([1 + work.num_draft for work in ticket.sampling], dtype=int).tolist()
-        tokens = ticket.tokens[: ends[-1] if ends else 0].tolist()
+        num_rows = sum(1 + work.num_draft for work in ticket.sampling)
+        tokens = ticket.tokens[:num_rows].tolist()
         if ticket.runs_ahead:
             return [[(token, None)] for token in tokens]
-        sampled: list[list[Sampled]] = []
-        for work, end in zip(ticket.sampling, ends, strict=True):
-            rows, request = slice(end - 1 - work.num_draft, end), work.request
-            if is_drawn_on_device(request):
-                sampled.append([(token, None) for token in right_run(tokens[rows], request)])
-            else:
-                own = None if masks is None else masks[rows]
-                logits = ticket.logits[rows][request.num_unread(work.num_draft) :]
-                sampled += sample(logits, [request], [work.num_draft], own)
-        return sampled
+        return sampled_runs(ticket.sampling, tokens, ticket.logits, masks)
 
     def _ticket(self, sampling: tuple[Work, ...], logits: Tensor) -> CudaTicket:
         index, done = self._tickets[0]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from agentrt.errors import RequestInvalid
 from agentrt.types import GenerateOptions, TokenLogprob
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from agentrt.grammar import MaskRow
     from agentrt.request import Request
 
@@ -25,6 +29,8 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 _SCORES = np.where(_BITS, 0, -np.inf).astype(np.float32)
 
 Sampled = tuple[int, TokenLogprob | None] | RequestInvalid
+# Logits, or the token that they give already, or None where a grammar forces the draft's token.
+Row = Tensor | int | None
 
 
 @torch.inference_mode()
@@ -46,26 +52,60 @@ def sample(
     Log-probabilities are those of the distribution after penalties, bias and grammar, before
     temperature and the top-k, top-p and min-p filters.
     """
-    is_greedy = all(is_plain(request) for request in requests)
-    rows: list[int | Tensor] = _argmax(logits).tolist() if is_greedy else list(logits)
-    drawn, first, first_mask = [], 0, 0
-    for request, num_draft in zip(requests, num_drafts or [0] * len(requests), strict=True):
-        num_unread = request.num_unread(num_draft)
-        end, end_mask = first + 1 + num_draft - num_unread, first_mask + 1 + num_draft
-        own = [None] * (1 + num_draft) if masks is None else masks[first_mask:end_mask]
-        drawn.append(_run([*[None] * num_unread, *rows[first:end]], request, own))
-        first, first_mask = end, end_mask
-    return drawn
+    runs = _runs(requests, num_drafts or [0] * len(requests), masks)
+    is_greedy = all(map(_is_greedy, requests))
+    left: Iterator[Row] = iter(_greedy(logits, runs) if is_greedy else logits)
+    return [_draw_run(run, [*islice(left, run.num_read)]) for run in runs]
 
 
-def _run(
-    rows: Sequence[int | Tensor | None], request: Request, masks: Sequence[MaskRow | None]
-) -> list[Sampled]:
-    """Tokens of consecutive rows (logits, or what they gave already, or None where a grammar forces
-    the draft's token), while the draft is right."""
+@frozen
+class _Run:
+    """A request's consecutive rows: one, and one for each token of its draft."""
+
+    request: Request
+    num_unread: int
+    masks: Sequence[MaskRow | None]
+
+    @property
+    def num_read(self) -> int:
+        return len(self.masks) - self.num_unread
+
+
+def _runs(
+    requests: Sequence[Request],
+    num_drafts: Sequence[int],
+    masks: Sequence[MaskRow | None] | None,
+) -> list[_Run]:
+    each = iter(masks or [None] * (len(requests) + sum(num_drafts)))
+    return [
+        _Run(request, request.num_unread(num), [*islice(each, 1 + num)])
+        for request, num in zip(requests, num_drafts, strict=True)
+    ]
+
+
+def _greedy(logits: Tensor, runs: Sequence[_Run]) -> list[Row]:
+    """Of rows whose tokens are the likeliest that their masks allow: these, all at once, since on a
+    device a row's own kernels and waits take longer than a step. A row stays as it is where its
+    mask is not known yet, or no token is finite."""
+    masks = [mask for run in runs for mask in run.masks[run.num_unread :]]
+    owners = [run.request for run in runs for _ in range(run.num_read)]
+    forbid_all(logits, masks)
+    tokens = torch.as_tensor(_argmax(logits))
+    best = logits.gather(1, tokens[:, None])[:, 0].tolist()
+    return [
+        token if math.isfinite(value) and (mask is not None or owner.constraint is None) else row
+        for token, value, mask, owner, row in zip(
+            tokens.tolist(), best, masks, owners, logits, strict=True
+        )
+    ]
+
+
+def _draw_run(run: _Run, read: Sequence[Row]) -> list[Sampled]:
+    """Tokens of a request's rows, while the draft is right."""
+    request, rows = run.request, [*[None] * run.num_unread, *read]
     drawn: list[Sampled] = []
-    for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        one = (row, None) if isinstance(row, int) else _try_row(row, request, index, mask)
+    for index, (row, mask) in enumerate(zip(rows, run.masks, strict=True)):
+        one = _try_row(row, request, index, mask)
         drawn.append(one)
         if isinstance(one, RequestInvalid) or index + 1 == len(rows):
             break
@@ -78,10 +118,14 @@ def _run(
 
 def is_plain(request: Request) -> bool:
     """Whether the token is just the row's argmax."""
+    return request.constraint is None and _is_greedy(request)
+
+
+def _is_greedy(request: Request) -> bool:
+    """Whether it is the argmax of what a grammar allows, if there is one."""
     options = request.options
     return (
         options.temperature == 0
-        and request.constraint is None
         and options.top_logprobs is None
         and not options.logit_bias
         and not has_penalties(options)
@@ -127,10 +171,12 @@ def _argmax(logits: Tensor) -> Any:
     return logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
-def _try_row(row: Tensor | None, request: Request, num_ahead: int, mask: MaskRow | None) -> Sampled:
+def _try_row(row: Row, request: Request, num_ahead: int, mask: MaskRow | None) -> Sampled:
     try:
         if row is None:
             return _take_forced(request, num_ahead), None
+        if isinstance(row, int):
+            return row if request.constraint is None else request.constraint.take(row), None
         return _sample_row(row, request, num_ahead, mask)
     except RequestInvalid as exc:  # a grammar's error is one too
         return exc
@@ -199,12 +245,32 @@ def forbid(row: Tensor, mask: MaskRow) -> None:
     row[num_tokens:] = NEVER
 
 
-def forbidden_there(mask: MaskRow, device: torch.device) -> Tensor:
-    """A mask's zeros as bool [32 * words], unpacked on the device: an eighth of a byte a token goes
-    up."""
-    words = torch.from_numpy(mask).to(device)
-    bits = words[:, None] >> torch.arange(32, device=device) & 1
-    return bits.reshape(-1) == 0
+def forbid_all(logits: Tensor, masks: Sequence[MaskRow | None]) -> None:
+    """The same for rows [rows, vocab]; None forbids nothing. On another device all masks go up
+    together, and are unpacked by the same few kernels as one."""
+    known = {row: mask for row, mask in enumerate(masks) if mask is not None}
+    if logits.device.type == "cpu":
+        for row, mask in known.items():
+            forbid(logits[row], mask)
+    elif known:
+        forbid_together(logits, [*known], np.stack([*known.values()]))
+
+
+def forbid_together(logits: Tensor, rows: list[int], masks: NDArray[np.int32]) -> None:
+    """`forbid` of some rows; masks: [those rows, words]."""
+    where = torch.tensor(rows, device=logits.device)
+    there, num_tokens = logits[where], min(32 * masks.shape[1], logits.shape[1])
+    there[:, :num_tokens].masked_fill_(forbidden_there(masks, logits.device)[:, :num_tokens], NEVER)
+    there[:, num_tokens:] = NEVER
+    logits[where] = there
+
+
+def forbidden_there(masks: NDArray[np.int32], device: torch.device) -> Tensor:
+    """The zeros of masks [..., words] as bool [..., 32 * words], unpacked on the device: an eighth
+    of a byte a token goes up."""
+    words = torch.from_numpy(masks).to(device)
+    bits = words[..., None] >> torch.arange(32, device=device) & 1
+    return bits.flatten(-2) == 0
 
 
 def filter_logits(scores: Tensor, options: GenerateOptions) -> Tensor:

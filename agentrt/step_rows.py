@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from attrs import evolve, frozen
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agentrt.decode_works import DecodeWorks
-from agentrt.sampler import MIN_TEMPERATURE, draw_seed, is_drawn_on_device
+from agentrt.sampler import MIN_TEMPERATURE, Sampled, draw_seed, is_drawn_on_device, sample
 from agentrt.scheduler import Work
 
 if TYPE_CHECKING:
+    from agentrt.grammar import MaskRow
     from agentrt.kernels.cuda import Chunk
     from agentrt.request import Request
 
@@ -130,3 +133,32 @@ def right_run(tokens: Sequence[int], request: Request) -> list[int]:
     draft = request.tokens[request.num_tokens : request.num_tokens + len(tokens) - 1]
     wrong = np.flatnonzero(draft != tokens[:-1])
     return list(tokens[: int(wrong[0]) + 1] if len(wrong) else tokens)
+
+
+def sampled_runs(
+    works: Sequence[Work],
+    tokens: Sequence[int],
+    logits: Tensor,
+    masks: Sequence[MaskRow | None] | None,
+) -> list[list[Sampled]]:
+    """Each work's tokens: those that the device drew, or where it cannot, those that its logits
+    give, of all such works at once. tokens, logits and masks: of each row."""
+    ends = np.cumsum([1 + work.num_draft for work in works], dtype=int).tolist()
+    rows = [slice(end - 1 - work.num_draft, end) for work, end in zip(works, ends, strict=True)]
+    here = [index for index, work in enumerate(works) if not is_drawn_on_device(work.request)]
+    found = iter(_sampled_here([(works[i], rows[i]) for i in here], logits, masks) if here else ())
+    return [
+        [(token, None) for token in right_run(tokens[own], work.request)]
+        if is_drawn_on_device(work.request)
+        else next(found)
+        for work, own in zip(works, rows, strict=True)
+    ]
+
+
+def _sampled_here(
+    works: list[tuple[Work, slice]], logits: Tensor, masks: Sequence[MaskRow | None] | None
+) -> list[list[Sampled]]:
+    read = [logits[rows][work.request.num_unread(work.num_draft) :] for work, rows in works]
+    own = None if masks is None else [mask for _, rows in works for mask in masks[rows]]
+    requests, num_drafts = zip(*((work.request, work.num_draft) for work, _ in works), strict=True)
+    return sample(torch.cat(read), requests, num_drafts, own)

@@ -17,7 +17,7 @@ from agentrt import Completion, GenerateOptions, grammar
 from agentrt.errors import EngineFailed, GrammarInvalid
 from agentrt.grammar import Constraint, GrammarCompiler, fill_masks
 from agentrt.grammar_masks import MaskThread
-from agentrt.sampler import forbid, forbidden_there
+from agentrt.sampler import forbid, forbid_together, forbidden_there
 
 GRAMMARS = [
     grammar.regex("[a-c]{0,6}d?"),
@@ -135,6 +135,25 @@ def test_what_a_mask_lacks_is_forbidden_on_any_device(num_words, vocab_size, see
     there = forbidden_there(mask, torch.device("cpu"))
     shown = min(vocab_size, 32 * num_words)
     assert there[:shown].tolist() == [not each for each in allowed[:shown]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    num_rows=st.integers(1, 6),
+    num_words=st.integers(1, 5),
+    vocab_size=st.integers(1, 170),
+    seed=st.integers(0, 999),
+)
+def test_rows_are_masked_together_as_alone(num_rows, num_words, vocab_size, seed) -> None:
+    chance = np.random.default_rng(seed)
+    masks = chance.integers(-(2**31), 2**31 - 1, (num_rows, num_words)).astype(np.int32)
+    rows = chance.permutation(num_rows + 2)[:num_rows].tolist()
+    alone = torch.randn(num_rows + 2, vocab_size)
+    together = alone.clone()
+    for row, mask in zip(rows, masks, strict=True):
+        forbid(alone[row], mask)
+    forbid_together(together, rows, masks)
+    assert torch.equal(alone, together)
 
 
 async def test_a_grammar_too_complex_to_follow_fails_its_caller_alone(tokenizer) -> None:
