@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from attrs import evolve, frozen
 from numpy.typing import NDArray
-from torch import Tensor
 
 from agentrt.decode_works import DecodeWorks
 from agentrt.sampler import MIN_TEMPERATURE, Sampled, draw_seed, is_drawn_on_device, sample
 from agentrt.scheduler import Work
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from agentrt.grammar import MaskRow
     from agentrt.kernels.cuda import Chunk
     from agentrt.request import Request
@@ -158,7 +158,11 @@ def sampled_runs(
 def _sampled_here(
     works: list[tuple[Work, slice]], logits: Tensor, masks: Sequence[MaskRow | None] | None
 ) -> list[list[Sampled]]:
-    read = [logits[rows][work.request.num_unread(work.num_draft) :] for work, rows in works]
+    read = [
+        row
+        for work, rows in works
+        for row in range(rows.start + work.request.num_unread(work.num_draft), rows.stop)
+    ]
     own = None if masks is None else [mask for _, rows in works for mask in masks[rows]]
     requests, num_drafts = zip(*((work.request, work.num_draft) for work, _ in works), strict=True)
-    return sample(torch.cat(read), requests, num_drafts, own)
+    return sample(logits[read], requests, num_drafts, own)
