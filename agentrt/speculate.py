@@ -28,8 +28,8 @@ MAX_MATCH_TOKENS = 16
 MAX_DRAFT_TOKENS = 15
 FIRST_DRAFT_TOKENS = 4
 MOST_STEPS_WITHOUT = 64
-# Steps that a request's wrong guesses may have cost more than its right ones have saved before it
-# guesses no more, and what each step makes good of that.
+# Steps (a request's share of each) that its wrong guesses may have cost more than its right ones
+# have saved before it guesses no more, and what each step makes good of that.
 MOST_DEBT_STEPS = 0.5
 PAID_STEPS = 0.01
 # What was written lately, by namespace: enough for some dozens of turns, searched in 50 us.
@@ -49,6 +49,11 @@ class DraftLimits:
     guesses_a_request: float = 0.0
     # What a draft's row costs, in steps of one row; 0 where drafts cost the same, long or short.
     row_cost: float = 0.0
+
+    def cost_in_shares(self, num_requests: int) -> float:
+        """What a draft's row costs, in one request's share of a step of so many: a right token
+        saves that share, as the others' steps go on."""
+        return self.row_cost / (self.row_cost + (1 - self.row_cost) / num_requests)
 
     def may_guess(self, num_requests: int) -> bool:
         """Whether so many requests leave room for guesses that pay."""
@@ -166,10 +171,12 @@ class Drafter:
     num_drafted: int = 0  # tokens
     num_right: int = 0
     _recent: dict[str, Recent] = field(factory=dict, init=False)
+    _num_requests: int = field(default=1, init=False)  # of the newest step
 
     def draft_step(self, requests: Sequence[Request], step_tokens: int) -> list[int]:
         """Drafts for all that decode in a step of at most `step_tokens` rows: how long each is."""
         limits, num_rows = self.limits, len(requests)
+        self._num_requests = max(num_rows, 1)
         most_rows = min(step_tokens, limits.most_rows or step_tokens)
         guess_rows = limits.guess_rows if limits.may_guess(num_rows) else 0
         drafts: list[int] = []
@@ -223,9 +230,8 @@ class Drafter:
         if num_guessed > 0:
             num_right = max(num_right - request.num_forced, 0)
             least_right = max(self.limits.guesses_a_request, 1.0)
-            request.pace.note(
-                num_guessed, num_right, least_right, num_guessed * self.limits.row_cost
-            )
+            cost = num_guessed * self.limits.cost_in_shares(self._num_requests)
+            request.pace.note(num_guessed, num_right, least_right, cost)
 
     def finished(self, request: Request) -> None:
         """Remember what a request wrote."""

@@ -62,6 +62,15 @@ def test_the_pace_follows_what_was_right():
     assert [pace.next() for _ in range(5)] == [0, 0, 0, 0, 2]
 
 
+@pytest.mark.parametrize("row_cost", [0.0, 0.06, 0.3])
+@pytest.mark.parametrize("num_requests", [1, 2, 4, 16])
+def test_a_right_token_saves_its_requests_share_of_a_step(row_cost, num_requests):
+    """In steps of one row: what a step of so many rows costs, divided among them."""
+    step = 1 - row_cost + num_requests * row_cost
+    cost = DraftLimits(guess_rows=16, row_cost=row_cost).cost_in_shares(num_requests)
+    assert cost * step / num_requests == pytest.approx(row_cost)
+
+
 @pytest.mark.parametrize("row_cost", [0.06, 0.3])
 def test_wrong_guesses_cost_few_steps(row_cost):
     """No more than a debt, the guess that makes it, and a hundredth of all steps."""
