@@ -123,13 +123,7 @@ def is_plain(request: Request) -> bool:
 
 def _is_greedy(request: Request) -> bool:
     """Whether it is the argmax of what a grammar allows, if there is one."""
-    options = request.options
-    return (
-        options.temperature == 0
-        and options.top_logprobs is None
-        and not options.logit_bias
-        and not has_penalties(options)
-    )
+    return request.options.temperature == 0 and _takes_logits_as_they_are(request.options)
 
 
 def is_drawn_on_device(request: Request) -> bool:
@@ -137,11 +131,14 @@ def is_drawn_on_device(request: Request) -> bool:
     options = request.options
     return (
         request.constraint is None
-        and options.top_logprobs is None
-        and not options.logit_bias
-        and not has_penalties(options)
+        and _takes_logits_as_they_are(options)
         and (options.temperature == 0 or not has_filters(options))
     )
+
+
+def _takes_logits_as_they_are(options: GenerateOptions) -> bool:
+    """Whether nothing is added to them, and nobody wants to see them."""
+    return options.top_logprobs is None and not options.logit_bias and not has_penalties(options)
 
 
 def has_filters(options: GenerateOptions) -> bool:
@@ -235,13 +232,13 @@ def _penalise(row: Tensor, request: Request, num_ahead: int) -> None:
 def forbid(row: Tensor, mask: MaskRow) -> None:
     """Set the logits of what a grammar does not allow to -inf, and of what its mask is too short
     for. On another device the mask is unpacked there."""
+    if row.device.type != "cpu":
+        forbid_together(row[None], [0], mask[None])
+        return
     num_tokens = min(32 * len(mask), row.shape[0])
-    if row.device.type == "cpu":
-        # 13 us a row of 49,152 tokens; unpacked bits and masked_fill take 52.
-        scores = _SCORES.take(mask.view(np.uint8), axis=0).reshape(-1)
-        row.numpy()[:num_tokens] += scores[:num_tokens]
-    else:
-        row[:num_tokens].masked_fill_(forbidden_there(mask, row.device)[:num_tokens], NEVER)
+    # 13 us a row of 49,152 tokens; unpacked bits and masked_fill take 52.
+    scores = _SCORES.take(mask.view(np.uint8), axis=0).reshape(-1)
+    row.numpy()[:num_tokens] += scores[:num_tokens]
     row[num_tokens:] = NEVER
 
 

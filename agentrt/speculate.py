@@ -117,7 +117,8 @@ class Pace:
         self, num_drafted: int, num_right: int, least_right: float = 1.0, cost_steps: float = 0.0
     ) -> None:
         """Learn from a draft: longer while all is right; after misses, which are those with fewer
-        than `least_right`, seldom, and then with new hope. A right token saves a step."""
+        than `least_right`, seldom, and then with new hope. A right token saves the request's share
+        of a step; `cost_steps` is in such shares."""
         self.debt_steps = max(self.debt_steps + cost_steps - num_right, -MOST_DEBT_STEPS)
         if num_right == num_drafted:
             self.num_tokens = self.expected_tokens = min(2 * num_drafted + 1, MAX_DRAFT_TOKENS)

@@ -144,14 +144,16 @@ def sampled_runs(
     """Each work's tokens: those that the device drew, or where it cannot, those that its logits
     give, of all such works at once. tokens, logits and masks: of each row."""
     ends = np.cumsum([1 + work.num_draft for work in works], dtype=int).tolist()
-    rows = [slice(end - 1 - work.num_draft, end) for work, end in zip(works, ends, strict=True)]
-    here = [index for index, work in enumerate(works) if not is_drawn_on_device(work.request)]
-    found = iter(_sampled_here([(works[i], rows[i]) for i in here], logits, masks) if here else ())
+    pieces = [
+        (work, slice(end - 1 - work.num_draft, end)) for work, end in zip(works, ends, strict=True)
+    ]
+    others = [piece for piece in pieces if not is_drawn_on_device(piece[0].request)]
+    found = iter(_sampled_here(others, logits, masks) if others else ())
     return [
-        [(token, None) for token in right_run(tokens[own], work.request)]
+        [(token, None) for token in right_run(tokens[rows], work.request)]
         if is_drawn_on_device(work.request)
         else next(found)
-        for work, own in zip(works, rows, strict=True)
+        for work, rows in pieces
     ]
 
 

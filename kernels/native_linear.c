@@ -212,6 +212,8 @@ INLINE void float_tile(int num_rows, const char *x, int64_t row_bytes, const Lin
 }
 #endif
 
+_Static_assert(ROWS == 6, "a panel has a case for each number of rows of a tile");
+
 /* All rows of a chunk, for one panel's outputs. */
 static void float_panel(int64_t num_rows, const char *x, int64_t row_bytes, const Linear *linear,
                         int64_t panel, float *out, int64_t adds) {

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from agentrt.kernels.dependent import start_next, wait_previous
@@ -104,7 +104,7 @@ class SkinnyTiles:
 
     splits: int
     columns: int
-    is_deep: bool = False  # a pipeline of many tiles
+    is_deep: bool  # a pipeline of many tiles
     prefetch: int = 256  # columns that are asked for in the cache before the wait
 
     @classmethod
@@ -115,7 +115,7 @@ class SkinnyTiles:
         32 a step (8B shape) took 5.95 and 7.29 ms, and 5.97 and 7.38 with two programs each.
         """
         is_deep = num_columns >= LONG_COLUMNS and num_tiles <= MULTIPROCESSORS
-        return evolve(cls._cut(num_tiles, num_columns, is_alone=is_deep), is_deep=is_deep)
+        return cls(*cls._cut(num_tiles, num_columns, is_alone=is_deep), is_deep)
 
     @classmethod
     def choose_narrow(cls, num_tiles: int, num_columns: int) -> SkinnyTiles:
@@ -124,10 +124,11 @@ class SkinnyTiles:
         deep pipelines for all, as a tile has half the bytes. On an H200 a step at batch 8 took
         0.94 ms (1B shape) and 3.9 (8B), with the pipelines of 16 bits 1.24 and 4.6, with one
         program a multiprocessor 0.95 and 4.5; products measured alone tell less."""
-        return evolve(cls._cut(num_tiles, num_columns, is_alone=False), is_deep=True, prefetch=512)
+        return cls(*cls._cut(num_tiles, num_columns, is_alone=False), is_deep=True, prefetch=512)
 
-    @classmethod
-    def _cut(cls, num_tiles: int, num_columns: int, *, is_alone: bool) -> SkinnyTiles:
+    @staticmethod
+    def _cut(num_tiles: int, num_columns: int, *, is_alone: bool) -> tuple[int, int]:
+        """Splits and columns; `is_alone`: of one program a multiprocessor."""
         columns = min(128, max(16, triton.next_power_of_2(num_columns)))
         most, least = (MULTIPROCESSORS, columns) if is_alone else (MAX_PROGRAMS, MIN_SPLIT_COLUMNS)
         splits = 1
@@ -137,7 +138,7 @@ class SkinnyTiles:
             and num_columns // (splits * 2) >= least
         ):
             splits *= 2
-        return cls(splits, columns)
+        return splits, columns
 
     def num_stages(self, padded_batch: int) -> int:
         """Tiles of weights and of the batch that are on their way at once, in shared memory."""
